@@ -1,0 +1,22 @@
+"""Errors a user can mend. The CLI prints them without a traceback and exits with status 2."""
+
+
+class UserError(Exception):
+    """Something the user can mend: what was found, what was expected, and the next command.
+
+    Args:
+        found: what is there, in words, with the offending value or path.
+        expected: what should have been there.
+        next_step: the command (or edit) that mends it.
+    """
+
+    def __init__(self, found: str, expected: str, next_step: str):
+        self.found, self.expected, self.next_step = found, expected, next_step
+        super().__init__(f"found: {found}\nexpected: {expected}\nnext: {next_step}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``"a, b"``: the known names closest to a misspelt one (all of them where none is close)."""
+    import difflib
+
+    return ", ".join(difflib.get_close_matches(name, known, n=3) or sorted(known))

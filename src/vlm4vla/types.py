@@ -1,0 +1,47 @@
+"""The few things that flow between the parts. Shapes: H horizon, A action dimensions."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlm4vla.convention import Convention
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees at one moment."""
+
+    images: dict[str, np.ndarray]
+    """uint8 (height, width, 3) RGB by camera name; the third-person camera is ``main``."""
+    instruction: str
+    state: np.ndarray | None = None
+    """Optional proprioception, float32 (S,). Policies ignore it unless their spec names it."""
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """Actions in native units: ``actions`` float32 (H, A)."""
+
+    actions: np.ndarray
+    convention: Convention
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One finished episode. ``success is None`` means an infrastructure fault, never a failure of the policy."""
+
+    protocol: str
+    episode: int
+    seed: int
+    success: bool | None
+    steps: int
+    credits: dict[str, Any] = field(default_factory=dict)
+    """Partial credits by name. GrinningFace: ``execution`` (bool: cube placed on any card) and ``recognition``
+    (True / False where the cube was moved to a card, None where it was not)."""
+    instruction: str = ""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds by part: ``sim``, ``render``, ``infer``, ``wall``."""
+    versions: dict[str, str] = field(default_factory=dict)
+    fault: str | None = None
+    """What went wrong with the infrastructure, where ``success is None``."""
