@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlm4vla.errors import UserError, nearest
 
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -29,11 +28,11 @@ class HeadSpec(Strict):
     """The action head: hidden state of the query -> action chunk."""
 
     kind: Literal["mlp"] = "mlp"
-    chunk: int = Field(6, ge=1)
+    chunk: int = Field(default=6, ge=1)
     """H, predicted actions per observation."""
-    hidden: int = Field(1024, ge=1)
+    hidden: int = Field(default=1024, ge=1)
     """Width of the trunk's output. VLM4VLA's release: 1024."""
-    gripper_weight: float = Field(0.01, ge=0)
+    gripper_weight: float = Field(default=0.01, ge=0)
     """Weight of the gripper's BCE beside the pose's Huber loss. VLM4VLA's release: 0.01."""
 
 
@@ -41,11 +40,12 @@ class DataSpec(Strict):
     """The demonstrations: a recording of ``protocol``'s expert, or a folder that already exists."""
 
     protocol: str | None = None
-    """Whose simulator and variant the expert is recorded in, e.g. ``grinningface/place/train/v1`` (with demonstration seeds)."""
-    episodes: int = Field(400, ge=1)
-    seed: int = Field(0, ge=0, lt=100)
-    image_size: int = Field(96, ge=16)
-    noise: float = Field(0.02, ge=0)
+    """Whose simulator and variant the expert is recorded in (with demonstration seeds), e.g.
+    ``grinningface/place/train/v1``."""
+    episodes: int = Field(default=400, ge=1)
+    seed: int = Field(default=0, ge=0, lt=100)
+    image_size: int = Field(default=96, ge=16)
+    noise: float = Field(default=0.02, ge=0)
     """Standard deviation in metres of the disturbance put on some executed actions (the recorded label stays clean)."""
     folder: str | None = None
     """A LeRobotDataset v3 folder to use instead of a recording. Its content hash enters the run id."""
@@ -54,25 +54,25 @@ class DataSpec(Strict):
 class TrainSpec(Strict):
     """Optimisation of the policy."""
 
-    steps: int = Field(1000, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak, for new parameters (query, head) and, where everything is new (``scratch``), for all."""
-    vlm_lr_scale: float = Field(1.0, gt=0)
+    vlm_lr_scale: float = Field(default=1.0, gt=0)
     """Factor on the learning rate of parameters that come from the VLM. The paper uses one rate (1.0)."""
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(40, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=40, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up. The paper: constant."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    ema: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the exponential moving average that is evaluated and saved; 0 switches it off."""
-    image_jitter: float = Field(0.06, ge=0)
+    image_jitter: float = Field(default=0.06, ge=0)
     """Half range of the per-image brightness and per-channel offset, in fractions of the pixel range."""
-    image_shift: int = Field(2, ge=0)
+    image_shift: int = Field(default=2, ge=0)
     """Random shift in pixels at most (edges repeated); the paper's CALVIN augmentation, scaled to the image."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoints: int = Field(1, ge=1)
+    checkpoints: int = Field(default=1, ge=1)
     """Policies kept, equally spaced over training (the last one is the result): success over training steps."""
 
 
@@ -87,7 +87,7 @@ class RunSpec(Strict):
     training: TrainSpec = TrainSpec()
     proprioception: bool = False
     """Give the head the robot's state as well. The paper gives it nothing but one camera and the instruction."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @property
     def run_id(self) -> str:
@@ -99,17 +99,17 @@ class EvalSpec(Strict):
     """What is done with each trained policy."""
 
     protocols: tuple[str, ...] = ("grinningface/place/train/v1", "grinningface/place/val/v1")
-    episodes: int = Field(100, ge=1)
+    episodes: int = Field(default=100, ge=1)
 
 
 class Runtime(Strict):
     """How to execute, never what: not part of any identity."""
 
-    workers: int = Field(2, ge=1)
+    workers: int = Field(default=2, ge=1)
     """Simulator or recording processes."""
     device: str = "auto"
-    """``auto`` takes the first GPU torch sees, else the CPU, and says which; ``cpu``, ``cuda``, ``cuda:1`` as torch names them."""
-    threads: int = Field(1, ge=1)
+    """``auto`` takes the first GPU torch sees, else the CPU, and says which; else as torch names them (``cuda:1``)."""
+    threads: int = Field(default=1, ge=1)
     """BLAS threads of this process."""
     trackers: tuple[str, ...] = ()
     """``tensorboard``, ``wandb``, ``trackio``, through accelerate; the JSONL file is always written."""
@@ -150,6 +150,6 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
                 problems.append(f"{where}: {item['msg']}, found {item['input']!r}")
         raise UserError(
             f"{source}: " + "; ".join(problems),
-            f"the keys of {model.__name__} (docs/configuration.md)",
+            f"the keys of {model.__name__} in src/vlm4vla/spec.py",
             f"mend {source}",
         ) from error

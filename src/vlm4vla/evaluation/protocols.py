@@ -22,7 +22,7 @@ class Protocol:
     sim_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the simulator, without ``image_size`` (the policy's) and without run-time choices."""
     first_seed: int = V1_SEED
-    """Episode ``i`` has seed ``first_seed + i``: the same initial states for every policy, so comparisons are paired."""
+    """Episode ``i`` has seed ``first_seed + i``: the same initial states for every policy, comparisons are paired."""
     max_steps: int = 50
     execute: int = 4
     """Actions executed of each predicted chunk."""

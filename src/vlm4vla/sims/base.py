@@ -1,4 +1,4 @@
-"""The simulator protocol. An adapter is one file, lists its non-obvious behaviours at the top and passes ``check_sim``."""
+"""The simulator protocol. An adapter is one file, lists its non-obvious behaviours on top, and passes ``check_sim``."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
