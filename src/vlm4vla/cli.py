@@ -1,0 +1,385 @@
+"""The command line: verbs -> functions, nothing else.
+
+Everything heavy is imported inside the verb that needs it, so that ``--help`` and completion stay fast and the base
+install (no torch, no simulator) can read and render results.
+Exit status: 0 done, 1 a defect (traceback), 2 something the user can mend, 130 interrupted.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlm4vla import __version__
+from vlm4vla.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from vlm4vla.spec import RunSpec, Runtime
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+out_option = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. training.steps=200.")
+workers_option = click.option("--workers", default=2, show_default=True, help="Simulator processes.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto says which."
+)
+
+
+def next_step(text: str) -> None:
+    """Tell what to run next; on stderr, so that a command's output can be piped."""
+    click.secho(f"next: {text}", fg="green", err=True)
+
+
+class Verbs(click.Group):
+    """A group that lists its verbs in the order they are used, and names the nearest one for a misspelt one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            ctx.fail(f"no command {args[0]!r} (nearest: {nearest(args[0], list(self.commands))})")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="vlm4vla")
+def cli() -> None:
+    """Turn a vision-language model into a robot policy, judge it in closed loop, report what survived.
+
+    \b
+    First time here:      vlm4vla doctor && vlm4vla demo
+    One run by hand:      data record -> train -> eval
+    A declared matrix:    study plan -> study run -> report
+    """
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+@cli.command()
+@click.option("--out", type=FOLDER, default=Path("runs/demo"), show_default=True, help="Folder to write.")
+@click.option("--smoke", is_flag=True, help="A few steps and episodes: proves the machinery, not the result.")
+@click.option("--jobs", default=2, show_default=True, help="Processes at a time.")
+def demo(out: Path, smoke: bool, jobs: int) -> None:
+    """The main job at CPU scale: train, evaluate and compare three treatments, write a report."""
+    from vlm4vla.demo import demo as run
+
+    page = run(out, smoke=smoke, jobs=jobs)
+    next_step(f"open {page}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@cli.group(cls=Verbs)
+def data() -> None:
+    """Record demonstrations, look into a data set."""
+
+
+@data.command("record")
+@click.argument("run", type=FILE, required=False)
+@out_option
+@set_option
+@click.option("--workers", default=2, show_default=True, help="Recording processes.")
+def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers: int) -> None:
+    """Record the scripted expert as the `data` section of RUN (a YAML file of run keys) says; resumes."""
+    spec = run_spec(run, overrides)
+    if spec.data.protocol is None:
+        raise UserError("data.folder, an existing data set", "data.protocol to record", "add --set data.protocol=NAME")
+    from vlm4vla.data.record import record
+
+    record(spec.data, out, workers, progress=sys.stderr.isatty())
+    arguments = [*([str(run)] if run else []), "--data", str(out), *with_set(overrides), "--out", "runs/mine"]
+    next_step(f"vlm4vla data inspect {out}; vlm4vla train {shlex.join(arguments)}")
+
+
+@data.command("inspect")
+@click.argument("folder", type=FOLDER)
+def data_inspect(folder: Path) -> None:
+    """Say what a LeRobotDataset v3 folder holds."""
+    from vlm4vla.data.lerobot import inspect
+
+    click.echo(inspect(folder))
+    next_step(f"vlm4vla train --data {folder} --out runs/mine")
+
+
+# ------------------------------------------------------------------------------------------------------- train and eval
+
+
+@cli.command()
+@click.argument("run", type=FILE, required=False)
+@click.option("--data", "data_folder", type=FOLDER, help="Recorded demonstrations; else data.folder of RUN.")
+@out_option
+@set_option
+@device_option
+@click.option("--threads", default=1, show_default=True, help="BLAS threads.")
+@click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb or trackio (repeatable).")
+def train(
+    run: Path | None,
+    data_folder: Path | None,
+    out: Path,
+    overrides: tuple[str, ...],
+    device: str,
+    threads: int,
+    trackers: tuple[str, ...],
+) -> None:
+    """Train one policy as RUN (a YAML file of run keys) says; run again to resume."""
+    spec = run_spec(run, overrides)
+    if data_folder is None and spec.data.folder is None:
+        arguments = [*([str(run)] if run else []), *with_set(overrides), "--out", "runs/data"]
+        raise UserError(
+            "no demonstrations",
+            "--data FOLDER, or data.folder in the run's keys",
+            f"vlm4vla data record {shlex.join(arguments)}",
+        )
+    from vlm4vla.training.imitation import train as train_policy
+
+    train_policy(
+        spec,
+        data_folder or Path(str(spec.data.folder)),
+        out,
+        runtime(device=device, threads=threads, trackers=trackers),
+    )
+    next_step(f"vlm4vla eval {out / 'policy'} --protocol {spec.data.protocol or 'NAME'}")
+
+
+@cli.command("eval")
+@click.argument("policy", type=FOLDER)
+@click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims protocols.")
+@click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--store", "store_path", type=FILE, help="SQLite file of results. [default: eval.sqlite beside POLICY]")
+@click.option(
+    "--strips", type=click.IntRange(min=0), default=4, show_default=True, help="Episodes to keep film strips of."
+)
+@workers_option
+@device_option
+def evaluate(
+    policy: Path,
+    protocols: tuple[str, ...],
+    episodes: int,
+    store_path: Path | None,
+    strips: int,
+    workers: int,
+    device: str,
+) -> None:
+    """Judge a policy folder in closed loop; finished episodes are kept, run again to resume."""
+    from vlm4vla.evaluation.interval import wilson
+    from vlm4vla.evaluation.protocols import protocol
+    from vlm4vla.evaluation.rollout import evaluate as roll_out
+    from vlm4vla.policy import Policy
+    from vlm4vla.studies.store import Store
+
+    wanted = [protocol(name) for name in protocols]  # a misspelt one is found before anything is loaded
+    loaded = Policy.load(policy, device)
+    store_path = store_path or policy.parent / "eval.sqlite"
+    run_id = loaded.spec.run_id
+    with Store(store_path) as store:
+        for each in wanted:
+            results = roll_out(
+                loaded,
+                each,
+                episodes,
+                store,
+                run_id,
+                image_size=loaded.image_size,
+                workers=workers,
+                progress=sys.stderr.isatty(),
+                strips=policy.parent / "strips",
+                num_strips=strips,
+            )
+            judged = [result.success for result in results if result.success is not None]
+            faults = len(results) - len(judged)
+            if judged:
+                low, high = wilson(sum(judged), len(judged))
+                line = f"{sum(judged)}/{len(judged)} = {sum(judged) / len(judged):.0%} [{low:.0%}, {high:.0%}]"
+            else:
+                line = "no finished episode"
+            click.echo(f"{each.name}: success {line}" + (f", {faults} faults (run again to retry)" if faults else ""))
+    next_step(f"film strips in {policy.parent / 'strips'}; compare treatments: vlm4vla study plan --help")
+
+
+# --------------------------------------------------------------------------------------------------- study and report
+
+
+@cli.group(cls=Verbs)
+def study() -> None:
+    """Plan and run a declared matrix: treatments x seeds x protocols."""
+
+
+@study.command("plan")
+@click.argument("matrix", metavar="STUDY")
+@click.option("--out", type=FOLDER, help="Study folder; says what is finished there.")
+def study_plan(matrix: str, out: Path | None) -> None:
+    """List the cells of STUDY (a YAML file, or a shipped one: demo, smoke) and what each still needs."""
+    from vlm4vla.studies.matrix import load, plan
+
+    path = study_file(matrix)
+    click.echo(plan(load(path), out))
+    next_step(f"vlm4vla study run {matrix} --out {out or 'runs/' + path.stem}")
+
+
+@study.command("run")
+@click.argument("matrix", metavar="STUDY")
+@out_option
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Cells at a time.")
+@device_option
+def study_run(matrix: str, out: Path, jobs: int, device: str) -> None:
+    """Run the cells of STUDY; finished ones are never redone, so run again to resume."""
+    from vlm4vla.studies.matrix import load
+    from vlm4vla.studies.runner import run
+
+    run(load(study_file(matrix)), out, jobs=jobs, device=device)
+    next_step(f"vlm4vla report {out}")
+
+
+@cli.command()
+@click.argument("folder", metavar="STUDY_FOLDER", type=FOLDER)
+@click.option("--out", type=FILE, help="HTML file. [default: report.html in STUDY_FOLDER]")
+def report(folder: Path, out: Path | None) -> None:
+    """Render a study's results as one self-contained HTML page (works while the study still runs)."""
+    from vlm4vla.reporting.html import report as render
+
+    page = render(folder, out or folder / "report.html")
+    click.echo(page)
+    next_step(f"open {page}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- sims
+
+
+@cli.group(cls=Verbs)
+def sims() -> None:
+    """Look at the simulators and check them."""
+
+
+@sims.command("protocols")
+def sims_protocols() -> None:
+    """List the evaluation protocols."""
+    from vlm4vla.evaluation.protocols import protocol, protocol_names
+
+    for name in protocol_names():
+        each = protocol(name)
+        click.echo(f"{name}\n    {each.max_steps} steps, {each.execute} actions a look; {each.success_rule}")
+    next_step("vlm4vla eval POLICY --protocol NAME")
+
+
+@sims.command("demo")
+@click.argument("sim", type=click.Choice(["grinningface"]))
+@click.option("--level", default="place", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", type=FOLDER, default=Path("runs/sims"), show_default=True)
+def sims_demo(sim: str, level: str, seed: int, out: Path) -> None:
+    """Run the scripted expert of SIM once; write a film strip and an MP4."""
+    from vlm4vla.sims.grinningface.demo import demo as run
+
+    run(out, level, seed)
+    next_step(f"look into {out}; then vlm4vla data record --help")
+
+
+@sims.command("check")
+@click.argument("sim")
+def sims_check(sim: str) -> None:
+    """Check that SIM keeps the simulator protocol."""
+    from vlm4vla.sims.check import check_sim
+
+    check_sim(sim)
+    click.echo(f"{sim}: keeps the simulator protocol")
+
+
+# -------------------------------------------------------------------------------------------------- doctor, completion
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what is installed, what is missing, and the command that mends it."""
+    from vlm4vla.doctor import doctor as examine
+
+    lines, healthy = examine()
+    click.echo("\n".join(lines))
+    if not healthy:
+        raise UserError("a machine that cannot run the demo yet", "every line above with a tick", "make setup")
+    next_step("vlm4vla demo --smoke (3 min), or vlm4vla demo (20 min)")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL, e.g. for bash: eval "$(vlm4vla completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(script(cli, {}, "vlm4vla", "_VLM4VLA_COMPLETE").source())
+
+
+# ------------------------------------------------------------------------------------------------- arguments -> specs
+
+
+def run_spec(path: Path | None, overrides: tuple[str, ...]) -> "RunSpec":
+    """The run that a YAML file (defaults without one) and ``KEY=VALUE`` overrides describe."""
+    from vlm4vla.spec import RunSpec, load_yaml, parse
+
+    values = load_yaml(path) if path else {}
+    for override in overrides:
+        put(values, override)
+    return parse(RunSpec, values, " and ".join(filter(None, [str(path or ""), "--set" if overrides else ""])))
+
+
+def put(values: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=VALUE`` (VALUE as YAML) to nested ``values``."""
+    import yaml
+
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override}", "KEY=VALUE", "e.g. --set training.steps=200")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}, where {parent} is no section", "SECTION.KEY=VALUE", "see spec.py")
+    values[last] = yaml.safe_load(text)
+
+
+def with_set(overrides: tuple[str, ...]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def runtime(**changes: Any) -> "Runtime":
+    from vlm4vla.spec import Runtime
+
+    return Runtime(progress=sys.stderr.isatty(), **changes)
+
+
+def study_file(name: str) -> Path:
+    """The path of a study's YAML: as given, or one shipped inside the package."""
+    from vlm4vla.demo import RECIPES
+
+    path = Path(name)
+    shipped = RECIPES / f"{name}.yaml"
+    if path.is_file() or not shipped.is_file():
+        return path  # the reader of the file says what is wrong with it
+    return shipped
+
+
+def main() -> None:
+    """Console entry point."""
+    try:
+        cli.main(prog_name="vlm4vla", standalone_mode=False)
+    except UserError as error:
+        click.echo(str(error), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        command = shlex.join(["vlm4vla", *sys.argv[1:]])
+        click.echo(f"\ninterrupted; what is finished is kept\nnext: {command}   (the same command resumes)", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

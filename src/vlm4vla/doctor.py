@@ -1,0 +1,141 @@
+"""``vlm4vla doctor``: what is installed, what is missing, and the command that mends it."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+DEMO_MEMORY_GB = 4
+DEMO_DISK_GB = 2
+"""Measured with ``make demo``: recordings, checkpoints and strips stay below it."""
+BACKENDS = ("osmesa", "egl", "glfw") if sys.platform.startswith("linux") else ("cgl", "glfw")
+RENDER = """
+import mujoco
+model = mujoco.MjModel.from_xml_string(
+    '<mujoco><worldbody><light pos="0 0 2"/><geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+print(int(renderer.render().max()))
+renderer.close()
+"""
+RENDER_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ok: bool
+    found: str
+    mend: str = ""
+    needed: bool = True
+    """Whether the demo needs it."""
+
+
+def doctor() -> tuple[list[str], bool]:
+    """The lines to print, and whether the demo can run here."""
+    findings = [check() for check in CHECKS]
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        mark = "ok  " if finding.ok else ("MISS" if finding.needed else "-   ")
+        lines.append(f"{mark} {finding.name:<{width}}  {finding.found}")
+        if not finding.ok:
+            lines.append(f"     {'':<{width}}  mend: {finding.mend}")
+    return lines, all(finding.ok or not finding.needed for finding in findings)
+
+
+def python() -> Finding:
+    return Finding(
+        "python", sys.version_info >= (3, 11), f"{platform.python_version()} {sys.executable}", "Python 3.11"
+    )
+
+
+def package(name: str, extra: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        mend = f"pip install -c constraints.txt 'vlm4vla[{extra}]'   (in the repository: make setup)"
+        try:
+            return Finding(name, True, version(name))
+        except PackageNotFoundError:
+            return Finding(name, False, "not installed", mend)
+
+    return check
+
+
+def device() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("device", False, "unknown without torch", "make setup")
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("device", True, f"{torch.cuda.get_device_name(0)} (CUDA {torch.version.cuda})")
+    if shutil.which("nvidia-smi"):
+        mend = (
+            f"pip install torch=={torch.__version__.split('+')[0]} from PyPI (CUDA); the demo runs on the CPU as well"
+        )
+        return Finding("device", False, "CPU, though this machine has nvidia-smi", mend, needed=False)
+    return Finding("device", True, "CPU")
+
+
+def renderer() -> Finding:
+    """Really render with each backend, in a process of its own: a wrong one can abort the interpreter."""
+    if importlib.util.find_spec("mujoco") is None:
+        return Finding("rendering", False, "unknown without mujoco", "make setup")
+    chosen = os.environ.get("MUJOCO_GL")
+    working = [backend for backend in ([chosen] if chosen else BACKENDS) if renders(backend)]
+    if working:
+        return Finding("rendering", True, "MuJoCo with " + ", ".join(working) + (" (MUJOCO_GL)" if chosen else ""))
+    if chosen:
+        return Finding("rendering", False, f"MUJOCO_GL={chosen} does not render", "unset MUJOCO_GL")
+    return Finding("rendering", False, f"none of {', '.join(BACKENDS)} renders", "apt-get install libosmesa6 libegl1")
+
+
+def renders(backend: str) -> bool:
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", RENDER], env=environment, capture_output=True, timeout=RENDER_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0 and done.stdout.strip().isdigit() and int(done.stdout) > 0
+
+
+def memory() -> Finding:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return Finding("memory", True, "unknown on this system", needed=False)
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    mend = f"the demo needs {DEMO_MEMORY_GB} GB: vlm4vla demo --jobs 1"
+    return Finding("memory", size >= DEMO_MEMORY_GB, f"{size:.1f} GB", mend)
+
+
+def cores() -> Finding:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Finding("cores", count >= 2, f"{count} usable", "the demo takes twice as long: --jobs 1", needed=False)
+
+
+def disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    mend = f"free {DEMO_DISK_GB} GB, or --out on another disk"
+    return Finding("disk", free >= DEMO_DISK_GB, f"{free:.0f} GB free here", mend)
+
+
+CHECKS = (
+    python,
+    package("torch", "train"),
+    device,
+    package("transformers", "train"),
+    package("accelerate", "train"),
+    package("mujoco", "grinningface"),
+    renderer,
+    memory,
+    cores,
+    disk,
+)
