@@ -1,0 +1,384 @@
+"""One environment per process: the worker that runs a simulator, and the parent's handle on it.
+
+The worker is ``python -m vlm4vla.sims.worker`` under any interpreter that can import this package and the simulator; it
+needs no torch. Parent and worker exchange frames over the worker's stdin and stdout:
+
+    frame = <u32 bytes of header> <u64 bytes of arrays> <header: JSON, padded to 8 bytes> <arrays: raw, in order>
+
+``header["arrays"]`` lists name, dtype and shape of each array. Nothing is pickled, sizes are limited, and a received
+array is a view of the frame's buffer. Inside the worker, stdout is stderr, so a library that prints cannot corrupt the
+stream. A request is a dict with ``do``:
+
+    make(sim, kwargs)  reset(seed, look)  execute(actions, look)  observe()
+
+where ``look`` asks for the observation in the same reply (never after the end of an episode). A reply holds what was
+asked for and the ``seconds`` spent in ``sim`` and ``render``, or an error. The worker ends when its stdin closes or its
+parent dies.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing import connection
+from typing import Any, NoReturn
+
+import numpy as np
+
+from vlm4vla.errors import UserError, nearest
+from vlm4vla.sims.base import Sim, StepOutcome
+from vlm4vla.types import Observation
+
+PREFIX = struct.Struct("<IQ")
+MAX_HEADER = 1 << 20
+MAX_ARRAYS = 1 << 28
+"""Bytes. 256 MiB hold five 4K frames; anything larger is a corrupt stream."""
+DTYPES = ("|u1", "<f4", "<f8")
+STDERR_TAIL = 4000
+"""Bytes of a worker's stderr that a fault message quotes."""
+POLITE_EXIT_S = 2.0
+SIMULATION_PACKAGES = ("numpy", "mujoco", "gymnasium", "mani_skill", "sapien", "robosuite", "pybullet")
+"""Those that a worker has imported are reported with their versions: they can change a result."""
+
+Arrays = dict[str, np.ndarray]
+
+
+class WorkerFault(Exception):  # noqa: N818 (a fault is what the results call it)
+    """The worker crashed, hung, raised or broke the protocol: the infrastructure's fault, not the policy's."""
+
+
+def frame(header: dict, arrays: Arrays) -> list[bytes | memoryview]:
+    """The frame's parts, to be written in order. Raises ``ValueError`` for a dtype that does not travel."""
+    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    for name, value in contiguous.items():
+        if value.dtype.str not in DTYPES:
+            raise ValueError(f"array {name!r} has dtype {value.dtype}, which is not among {DTYPES}")
+    listed = [[name, value.dtype.str, list(value.shape)] for name, value in contiguous.items()]
+    text = json.dumps({**header, "arrays": listed}, default=_plain).encode()
+    text += b" " * (-len(text) % 8)  # aligned arrays
+    size = sum(value.nbytes for value in contiguous.values())
+    return [PREFIX.pack(len(text), size), text, *(value.data.cast("B") for value in contiguous.values() if value.size)]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays among a simulator's credits."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} does not travel in a frame's header")
+
+
+class FrameReader:
+    """Reads frames from a descriptor, blocking or not."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._expect(PREFIX.size, 0)
+
+    def _expect(self, size: int, header_size: int) -> None:
+        self._buffer, self._filled, self._header_size = bytearray(size), 0, header_size
+
+    def read(self) -> tuple[dict, Arrays] | None:
+        """The next frame; None where the descriptor does not block and the frame is not complete yet.
+
+        Raises:
+            EOFError: the other side closed.
+            ValueError: not a frame.
+        """
+        while True:
+            try:
+                count = os.readv(self._descriptor, [memoryview(self._buffer)[self._filled :]])
+            except BlockingIOError:
+                return None
+            if count == 0:
+                raise EOFError
+            self._filled += count
+            if self._filled < len(self._buffer):
+                continue
+            if self._header_size == 0:
+                header_size, arrays_size = PREFIX.unpack(self._buffer)
+                if not 0 < header_size <= MAX_HEADER or arrays_size > MAX_ARRAYS:
+                    raise ValueError(f"a frame of {header_size} + {arrays_size} bytes")
+                self._expect(header_size + arrays_size, header_size)
+                continue
+            buffer, header_size = self._buffer, self._header_size
+            self._expect(PREFIX.size, 0)
+            return _unpack(buffer, header_size)
+
+
+def _unpack(buffer: bytearray, header_size: int) -> tuple[dict, Arrays]:
+    header = json.loads(buffer[:header_size])
+    if not isinstance(header, dict) or not isinstance(header.get("arrays"), list):
+        raise ValueError("a header that is not a mapping with 'arrays'")
+    arrays: Arrays = {}
+    offset = header_size
+    for name, dtype, shape in header.pop("arrays"):
+        if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise ValueError(f"array {name!r} of dtype {dtype!r} and shape {shape!r}")
+        count = int(np.prod(shape, dtype=np.int64))
+        arrays[name] = np.frombuffer(buffer, dtype, count, offset).reshape(shape)
+        offset += arrays[name].nbytes
+    if offset != len(buffer):
+        raise ValueError(f"{len(buffer) - header_size} bytes of arrays, {offset - header_size} listed")
+    return header, arrays
+
+
+# ---------------------------------------------------------------------------------------------------- parent's side
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a worker answered."""
+
+    outcome: StepOutcome | None = None
+    observation: Observation | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By part: ``sim``, ``render``."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """After ``make``: ``convention`` and ``versions``."""
+
+
+class Worker:
+    """The parent's handle on one worker process. One request is under way at a time; ``make`` is the first.
+
+    Args:
+        sim: a key of ``vlm4vla.sims.SIMS`` or ``module:Class``.
+        kwargs: its keyword arguments, plain JSON values.
+        timeout_s: a reply that takes longer is a fault. Time in which the parent does not listen must be given back
+            with ``postpone``.
+        python: interpreter of the worker.
+    """
+
+    def __init__(self, sim: str, kwargs: dict, timeout_s: float = 120.0, python: str = sys.executable):
+        self._sim, self._kwargs, self._timeout_s, self._python = sim, kwargs, timeout_s, python
+        self.start()
+
+    def start(self) -> None:
+        """Start the process and send it ``make``."""
+        # Of its own session: Ctrl-C reaches only the parent, which ends its workers in order, and a simulator's own
+        # child processes die with it.
+        self._process = subprocess.Popen(
+            [self._python, "-m", "vlm4vla.sims.worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ},
+            start_new_session=True,
+        )
+        stdin, out, err = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin is not None
+        assert out is not None
+        assert err is not None
+        self._stdin, self._out, self._err = stdin, out.fileno(), err.fileno()
+        self._pipes = (stdin, out, err)
+        os.set_blocking(self._out, False)
+        os.set_blocking(self._err, False)
+        self._frames, self._said, self._err_open = FrameReader(self._out), b"", True
+        self.send("make", sim=self._sim, kwargs=self._kwargs)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def descriptors(self) -> list[int]:
+        """To wait on: a reply, a crash or words on stderr make one of them readable."""
+        return [self._out, self._err] if self._err_open else [self._out]
+
+    def send(self, do: str, actions: np.ndarray | None = None, **fields: Any) -> None:
+        """Send a request. A worker that is gone is noticed by the ``poll`` that follows."""
+        self.deadline = time.monotonic() + self._timeout_s
+        with contextlib.suppress(BrokenPipeError):
+            for part in frame({"do": do, **fields}, {} if actions is None else {"actions": actions}):
+                self._stdin.write(part)
+            self._stdin.flush()
+
+    def postpone(self, seconds: float) -> None:
+        """Move the reply's deadline by the time in which nobody listened."""
+        self.deadline += seconds
+
+    def poll(self) -> Reply | None:
+        """The reply, or None while it is not there.
+
+        Raises:
+            WorkerFault: crash, time-out, exception or broken frame; the process is of no more use.
+            UserError: the worker refused the request for a reason that the user can mend.
+        """
+        self._drain_stderr()
+        try:
+            answer = self._frames.read()
+        except EOFError:
+            raise self._fault("ended") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._fault(f"broke the protocol ({error})") from error
+        if answer is None:
+            if time.monotonic() > self.deadline:
+                raise self._fault(f"gave no reply within {self._timeout_s:g} s")
+            return None
+        header, arrays = answer
+        if "user_error" in header:
+            raise UserError(*header["user_error"])
+        if "error" in header:
+            raise WorkerFault(header["error"])
+        outcome = StepOutcome(**header["outcome"]) if "outcome" in header else None
+        images = {name.removeprefix("image/"): a for name, a in arrays.items() if name.startswith("image/")}
+        observation = Observation(images, header["instruction"], arrays.get("state")) if images else None
+        return Reply(outcome, observation, header["seconds"], header.get("made", {}))
+
+    def ask(self, do: str, actions: np.ndarray | None = None, **fields: Any) -> Reply:
+        """Send a request and wait for its reply."""
+        self.send(do, actions, **fields)
+        return self.receive()
+
+    def receive(self) -> Reply:
+        """Wait for the reply to the last request; raises as ``poll`` does."""
+        while (reply := self.poll()) is None:
+            wait([self])
+        return reply
+
+    def restart(self) -> None:
+        """A fresh process; its reply to ``make`` is the next."""
+        self.kill()
+        self.start()
+
+    def kill(self) -> None:
+        """End the process and its children now."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._close_pipes()
+
+    def close(self) -> None:
+        """Let the worker close its simulator, but not for long."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(POLITE_EXIT_S)
+        self.kill()
+
+    def _close_pipes(self) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def _drain_stderr(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._err_open:
+                said = os.read(self._err, 1 << 16)
+                self._err_open = bool(said)
+                self._said = (self._said + said)[-STDERR_TAIL:]
+
+    def _fault(self, what: str) -> WorkerFault:
+        """The message of a fault: how the process ended, where it did, and its last words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(0.2)
+            what += f" with signal {signal.Signals(-code).name}" if code < 0 else f" with exit status {code}"
+        self._drain_stderr()
+        words = self._said.decode(errors="replace").strip()
+        return WorkerFault(f"the simulator's worker {what}" + (f"; its last words:\n{words}" if words else ""))
+
+
+def wait(workers: Sequence[Worker]) -> None:
+    """Sleep until one of the workers says something or one's deadline has passed."""
+    timeout = min(worker.deadline for worker in workers) - time.monotonic()
+    connection.wait([d for worker in workers for d in worker.descriptors], max(0.0, timeout) + 1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- worker's side
+
+
+def load_sim(name: str) -> type[Sim]:
+    """The simulator class of a key of ``SIMS`` or of ``module:Class``; ``UserError`` where there is none."""
+    if ":" not in name:
+        from vlm4vla.sims import SIMS
+
+        if name not in SIMS:
+            raise UserError(f"no simulator {name!r}", f"{nearest(name, list(SIMS))}, or module:Class", "mend its name")
+        name = SIMS[name]
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def exit_with_parent(parent: int, period_s: float = 1.0) -> None:
+    """End this process soon after its parent, even where the main thread is stuck."""
+
+    def watch() -> NoReturn:
+        while os.getppid() == parent:
+            time.sleep(period_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Server:
+    """Answers requests about one simulator."""
+
+    def __init__(self) -> None:
+        self.sim: Sim | None = None
+
+    def answer(self, request: dict, arrays: Arrays) -> tuple[dict, Arrays]:
+        do = request["do"]
+        started = time.perf_counter()
+        if do == "make":
+            self.sim = load_sim(request["sim"])(**request["kwargs"])
+            loaded = [name for name in SIMULATION_PACKAGES if name in sys.modules]
+            versions = {name: str(getattr(sys.modules[name], "__version__", "unknown")) for name in loaded}
+            made = {"convention": self.sim.convention.to_dict(), "versions": versions}
+            return {"made": made, "seconds": {"make": time.perf_counter() - started}}, {}
+        assert self.sim is not None, "make comes first"
+        reply: dict[str, Any] = {}
+        look = request.get("look", False)
+        if do == "reset":
+            self.sim.reset(request["seed"])
+        elif do == "execute":
+            outcome = self.sim.execute(arrays["actions"])
+            reply["outcome"] = asdict(outcome)
+            look = look and not outcome.done
+        elif do == "observe":
+            look = True
+        else:
+            raise ValueError(f"unknown request {do!r}")
+        simulated = time.perf_counter()
+        reply["seconds"] = {"sim": simulated - started}
+        if not look:
+            return reply, {}
+        seen = self.sim.observe()
+        reply["seconds"]["render"] = time.perf_counter() - simulated
+        reply["instruction"] = seen.instruction
+        images = {f"image/{name}": image for name, image in seen.images.items()}
+        return reply, images if seen.state is None else {**images, "state": seen.state}
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exit_with_parent(int(sys.argv[1]))
+    # The protocol keeps private copies of the pipes; from here on, prints of libraries go to stderr.
+    requests, replies = FrameReader(os.dup(0)), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    server = Server()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while request := requests.read():
+            try:
+                parts = frame(*server.answer(*request))
+            except UserError as error:
+                parts = frame({"user_error": [error.found, error.expected, error.next_step]}, {})
+            except Exception:
+                parts = frame({"error": traceback.format_exc()[-STDERR_TAIL:]}, {})
+            for part in parts:
+                replies.write(part)
+            replies.flush()
+    if server.sim is not None:
+        server.sim.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A simulator without physics and a policy for it: quick, seeded, and able to fail on demand."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vlm4vla.convention import Convention
+from vlm4vla.errors import UserError
+from vlm4vla.evaluation.protocols import Protocol
+from vlm4vla.sims.base import StepOutcome
+from vlm4vla.types import ActionChunk, Observation
+
+CONVENTION = Convention(
+    names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
+    control="delta_ee",
+    frame="base",
+    rotation="euler_xyz",
+    position_unit="metre",
+    gripper="1=open,0=closed",
+    control_hz=5.0,
+    camera="upright",
+)
+FIRST_SEED = 1000
+
+
+class FakeSim:
+    """A point on a line must come to 0; how strongly it obeys depends on the seed, so that some episodes fail.
+
+    ``trouble`` maps a seed to what happens in the second ``execute`` of its episode: ``crash``, ``hang`` or ``raise``;
+    with a ``scar`` folder, only on the first start of that episode.
+    """
+
+    convention = CONVENTION
+
+    def __init__(self, image_size=8, max_steps=12, trouble=None, scar=None, step_s=0.0, refuse=False):
+        if refuse:
+            raise UserError("a simulator without assets", "assets", "fetch them")
+        print("a library that prints to stdout")
+        self.image_size, self.max_steps, self.step_s = image_size, max_steps, step_s
+        self.trouble, self.scar = trouble or {}, scar
+
+    def reset(self, seed):
+        if seed < 0:
+            raise ValueError("negative seed")
+        rng = np.random.default_rng(seed)
+        self.seed, self.steps, self.calls = seed, 0, 0
+        self.x, self.gain = rng.uniform(0.2, 1.0), rng.uniform(0.05, 0.6)
+
+    def execute(self, actions):
+        self.calls += 1
+        if self.calls == 2:
+            self._act_up(self.trouble.get(str(self.seed)))
+        done = success = False
+        count = 0
+        for action in actions:
+            self.x += self.gain * float(action[0])
+            time.sleep(self.step_s)
+            self.steps += 1
+            count += 1
+            success = abs(self.x) < 0.1
+            done = success or self.steps >= self.max_steps
+            if done:
+                break
+        return StepOutcome(count, done, success, {"execution": True, "recognition": np.bool_(success)})
+
+    def _act_up(self, how):
+        if how is None or (self.scar and (Path(self.scar) / str(self.seed)).exists()):
+            return
+        if self.scar:
+            (Path(self.scar) / str(self.seed)).touch()
+        if how == "crash":
+            os.write(2, b"last words of the simulator")
+            os.abort()
+        elif how == "hang":
+            time.sleep(600)
+        raise RuntimeError("the physics exploded")
+
+    def observe(self):
+        image = np.full((self.image_size, self.image_size, 3), round(np.clip(self.x * 100 + 63, 0, 255)), np.uint8)
+        return Observation({"main": image}, f"go to 0 (seed {self.seed})")
+
+    def close(self):
+        pass
+
+
+class FakePolicy:
+    """Moves by what the picture shows; counts what it was asked."""
+
+    def __init__(self, convention=CONVENTION, chunk=4, delay_s=0.0):
+        self.convention, self.chunk, self.delay_s, self.batches = convention, chunk, delay_s, []
+
+    def predict(self, observations):
+        self.batches.append(len(observations))
+        time.sleep(self.delay_s)
+        chunks = []
+        for observation in observations:
+            actions = np.zeros((self.chunk, 7), np.float32)
+            actions[:, 0] = 0.63 - float(observation.images["main"][0, 0, 0]) / 100
+            chunks.append(ActionChunk(actions, self.convention))
+        return chunks
+
+
+def protocol(name="fake/line/v1", **sim_args):
+    return Protocol(
+        name=name, sim="fake_sim:FakeSim", sim_args=sim_args, first_seed=FIRST_SEED, max_steps=12, execute=3
+    )
