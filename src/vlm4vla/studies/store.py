@@ -1,0 +1,236 @@
+"""The result store: one SQLite file per study, one row per episode, written as the episode ends.
+
+WAL mode lets a report read while several evaluations write. WAL needs a local file system (not NFS).
+"""
+
+import csv
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vlm4vla.errors import UserError, nearest
+from vlm4vla.types import EpisodeResult
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x564C4134
+"""``VLA4`` in SQLite's header: tells a result store from any other database."""
+BUSY_S = 60.0
+SCHEMA = """
+CREATE TABLE runs (
+    run_id TEXT PRIMARY KEY, spec TEXT NOT NULL, status TEXT NOT NULL, data_hash TEXT NOT NULL,
+    versions TEXT NOT NULL, seconds REAL NOT NULL, message TEXT NOT NULL, updated REAL NOT NULL
+) STRICT;
+CREATE TABLE episodes (
+    run_id TEXT NOT NULL, protocol TEXT NOT NULL, episode INTEGER NOT NULL, seed INTEGER NOT NULL,
+    success INTEGER CHECK (success IN (0, 1)), steps INTEGER NOT NULL, credits TEXT NOT NULL,
+    instruction TEXT NOT NULL, timings TEXT NOT NULL, versions TEXT NOT NULL, fault TEXT,
+    PRIMARY KEY (run_id, protocol, episode)
+) STRICT;
+"""
+Status = Literal["planned", "training", "trained", "done", "failed"]
+COLUMNS = tuple(f.name for f in fields(EpisodeResult))
+JSON_COLUMNS = ("credits", "timings", "versions")
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """What is known about a run beside its episodes."""
+
+    run_id: str
+    spec: dict[str, Any] = field(default_factory=dict)
+    status: Status = "planned"
+    data_hash: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Spent on recording, training and evaluation, over all starts of the run that ended by themselves."""
+    message: str = ""
+    """Why it failed."""
+    updated: float = 0.0
+    """Unix time."""
+
+
+class Store:
+    """Opens ``path``, creating it where it does not exist. Not to be shared between threads.
+
+    Raises:
+        UserError: the file is damaged, of another kind, or of another version.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+                raise
+            raise UserError(
+                f"{self.path} is no result store: {error}",
+                "a whole SQLite file written by vlm4vla",
+                f"restore a copy, or move it away and evaluate again: mv {self.path} {self.path}.damaged",
+            ) from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        with self._transaction():
+            kind, version = self._pragma("application_id"), self._pragma("user_version")
+            empty = not self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+            if empty:
+                for statement in SCHEMA.split(";")[:-1]:
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif kind != APPLICATION_ID:
+                raise UserError(f"{self.path}, another program's SQLite file", "a result store", "name another file")
+            elif version != SCHEMA_VERSION:
+                raise UserError(
+                    f"{self.path} with schema version {version}",
+                    f"schema version {SCHEMA_VERSION}",
+                    "read it with the vlm4vla version that wrote it, or name another file",
+                )
+        if not empty and (problem := self._pragma("quick_check")) != "ok":
+            raise sqlite3.DatabaseError(problem)
+        # Switching the mode does not wait for other processes by itself.
+        give_up = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.05)
+        # In WAL mode this survives the death of any process; a power cut may cost the last rows.
+        self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def _pragma(self, name: str) -> Any:
+        return self._db.execute(f"PRAGMA {name}").fetchone()[0]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------------ episodes
+
+    def add(self, run_id: str, result: EpisodeResult) -> None:
+        """Store an episode. It replaces a fault of the same episode, never a finished one."""
+        values = {name: getattr(result, name) for name in COLUMNS}
+        values |= {name: json.dumps(values[name], sort_keys=True) for name in JSON_COLUMNS}
+        if result.success is not None:
+            values["success"] = int(result.success)
+        self._db.execute(
+            f"INSERT INTO episodes (run_id, {', '.join(COLUMNS)}) VALUES (:run_id, :{', :'.join(COLUMNS)}) "
+            f"ON CONFLICT DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS)} WHERE success IS NULL",
+            {"run_id": run_id, **values},
+        )
+
+    def results(self, run_id: str, protocol: str) -> list[EpisodeResult]:
+        """Episodes of a run under a protocol in their order, faults included."""
+        rows = self._db.execute(
+            f"SELECT {', '.join(COLUMNS)} FROM episodes WHERE run_id = ? AND protocol = ? ORDER BY episode",
+            (run_id, protocol),
+        )
+        return [_result(row) for row in rows]
+
+    def evaluated(self) -> list[tuple[str, str, int, int]]:
+        """``(run_id, protocol, finished episodes, faults)`` of everything that was evaluated."""
+        return self._db.execute(
+            "SELECT run_id, protocol, count(success), count(*) - count(success) FROM episodes "
+            "GROUP BY run_id, protocol ORDER BY run_id, protocol"
+        ).fetchall()
+
+    # ---------------------------------------------------------------------------------------------------------- runs
+
+    def set_run(self, run_id: str, **changes: Any) -> None:
+        """Create or change a run's row; ``changes`` are fields of ``RunRow``."""
+        known = [f.name for f in fields(RunRow) if f.name not in ("run_id", "updated")]
+        for name in changes:
+            if name not in known:
+                raise ValueError(f"no field {name!r} of a run (nearest: {nearest(name, known)})")
+        if changes.get("status", "planned") not in get_args(Status):
+            raise ValueError(f"status {changes['status']!r}, not among {get_args(Status)}")
+        with self._transaction():
+            row = self.runs().get(run_id, RunRow(run_id))
+            values = {name: changes.get(name, getattr(row, name)) for name in known}
+            values |= {name: json.dumps(values[name], sort_keys=True) for name in ("spec", "versions")}
+            self._db.execute(
+                "INSERT OR REPLACE INTO runs VALUES "
+                "(:run_id, :spec, :status, :data_hash, :versions, :seconds, :message, :updated)",
+                {"run_id": run_id, **values, "updated": time.time()},
+            )
+
+    def runs(self) -> dict[str, RunRow]:
+        """All runs by id, in the order of their ids."""
+        rows = self._db.execute(
+            "SELECT run_id, spec, status, data_hash, versions, seconds, message, updated FROM runs ORDER BY run_id"
+        )
+        return {r[0]: RunRow(r[0], json.loads(r[1]), r[2], r[3], json.loads(r[4]), *r[5:]) for r in rows}
+
+    # -------------------------------------------------------------------------------------------------------- export
+
+    def export(self, path: Path | str) -> None:
+        """Write all episodes to ``.csv`` or ``.parquet``; JSON columns become one column per key (``timings.sim``).
+
+        Raises:
+            UserError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix not in (".csv", ".parquet"):
+            raise UserError(f"export to {path}", "a name that ends in .csv or .parquet", "name another file")
+        rows = []
+        for run_id, protocol, *_ in self.evaluated():
+            for result in self.results(run_id, protocol):
+                row: dict[str, Any] = {"run_id": run_id}
+                for name in COLUMNS:
+                    value = getattr(result, name)
+                    row |= {f"{name}.{key}": v for key, v in value.items()} if name in JSON_COLUMNS else {name: value}
+                rows.append(row)
+        plain = ["run_id", *(name for name in COLUMNS if name not in JSON_COLUMNS)]
+        columns = plain + sorted({name for row in rows for name in row} - set(plain))
+        partial = path.with_name(path.name + ".partial")
+        if path.suffix == ".csv":
+            with partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def _result(row: tuple) -> EpisodeResult:
+    values = dict(zip(COLUMNS, row, strict=True))
+    values |= {name: json.loads(values[name]) for name in JSON_COLUMNS}
+    if values["success"] is not None:
+        values["success"] = bool(values["success"])
+    return EpisodeResult(**values)
