@@ -1,0 +1,278 @@
+"""The only episode loop: several simulator processes, one policy, one row per episode.
+
+Each worker runs ``reset -> look -> (policy) -> execute -> look -> ... -> done``. The policy predicts for all workers
+that wait at that moment in one batch; nothing is rendered between two looks. Rows are stored as episodes end, so an
+evaluation that was killed continues where it was. Which episodes exist, and their seeds, depend on the protocol alone:
+the number of workers changes the time, not the result.
+
+Shapes: H horizon, A action dimensions.
+"""
+
+import platform
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol as Interface
+
+import numpy as np
+from tqdm import tqdm
+
+from vlm4vla import __version__
+from vlm4vla.convention import Convention, check_same
+from vlm4vla.errors import UserError
+from vlm4vla.evaluation.filmstrip import write_strip
+from vlm4vla.evaluation.interval import wilson
+from vlm4vla.evaluation.protocols import Protocol
+from vlm4vla.sims.base import StepOutcome
+from vlm4vla.sims.worker import Reply, Worker, WorkerFault, wait
+from vlm4vla.types import ActionChunk, EpisodeResult, Observation
+
+TRIES = 3
+"""Starts of an episode whose worker fails before it becomes a fault."""
+
+
+class BatchPolicy(Interface):
+    """What is evaluated: deterministic, and an observation's chunk does not depend on the others in its batch."""
+
+    @property
+    def convention(self) -> Convention: ...
+
+    def predict(self, observations: list[Observation]) -> list[ActionChunk]: ...
+
+
+class ResultStore(Interface):
+    """Where rows go and where finished ones are found (``studies.store.Store``)."""
+
+    def add(self, run_id: str, result: EpisodeResult) -> None: ...
+
+    def results(self, run_id: str, protocol: str) -> list[EpisodeResult]: ...
+
+
+@dataclass
+class Attempt:
+    """An episode under way in a worker."""
+
+    episode: int
+    steps: int = 0
+    outcome: StepOutcome | None = None
+    observation: Observation | None = None
+    """What the policy must act on now."""
+    instruction: str = ""
+    frames: list[np.ndarray] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=lambda: {"sim": 0.0, "render": 0.0, "infer": 0.0})
+    started: float = 0.0
+
+
+def evaluate(
+    policy: BatchPolicy,
+    protocol: Protocol,
+    episodes: int,
+    store: ResultStore,
+    run_id: str,
+    *,
+    image_size: int,
+    workers: int = 2,
+    progress: bool = True,
+    timeout_s: float = 120.0,
+    strips: Path | None = None,
+    num_strips: int = 0,
+) -> list[EpisodeResult]:
+    """Evaluate ``policy`` on episodes 0 .. ``episodes`` - 1 of ``protocol``; finished ones are not repeated.
+
+    Args:
+        image_size: height and width in pixels of what the simulator renders.
+        timeout_s: a worker that gives no reply for so long is restarted.
+        strips: folder for PNG film strips of the frames that the policy saw in the first ``num_strips`` episodes.
+
+    Returns:
+        All ``episodes`` results in their order, those of earlier starts included. ``success`` is None where the
+        infrastructure failed ``TRIES`` times; these are tried again by the next call.
+
+    Raises:
+        UserError: conventions differ, the simulator cannot be made, or the policy's actions cannot be executed.
+    """
+    return _Evaluation(policy, protocol, episodes, store, run_id, timeout_s, strips, num_strips).run(
+        workers, image_size, progress
+    )
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        policy: BatchPolicy,
+        protocol: Protocol,
+        episodes: int,
+        store: ResultStore,
+        run_id: str,
+        timeout_s: float,
+        strips: Path | None,
+        num_strips: int,
+    ):
+        self.policy, self.protocol, self.episodes, self.store, self.run_id = policy, protocol, episodes, store, run_id
+        self.timeout_s, self.strips, self.num_strips = timeout_s, strips, num_strips
+        rows = [row for row in store.results(run_id, protocol.name) if row.episode < episodes]
+        self.finished = {row.episode for row in rows if row.success is not None}
+        self.successes, self.faults = sum(bool(row.success) for row in rows), 0
+        self.todo = deque(i for i in range(episodes) if i not in self.finished)
+        self.tries: Counter[int] = Counter()
+        self.versions: dict[str, str] = {}
+        self.running: dict[Worker, Attempt] = {}
+
+    def run(self, num_workers: int, image_size: int, progress: bool) -> list[EpisodeResult]:
+        kwargs = {**self.protocol.sim_args, "image_size": image_size, "max_steps": self.protocol.max_steps}
+        bar = tqdm(
+            total=self.episodes,
+            initial=len(self.finished),
+            unit="episode",
+            desc=f"{self.run_id} {self.protocol.name}",
+            disable=not progress,
+        )
+        try:
+            for _ in range(min(num_workers, len(self.todo))):
+                worker = Worker(self.protocol.sim, kwargs, self.timeout_s)
+                self.running[worker] = Attempt(self.todo.popleft())
+            while self.running:
+                wait(list(self.running))
+                for worker in list(self.running):
+                    self._listen(worker, bar)
+                self._act()
+        finally:
+            for worker in self.running:
+                worker.kill()
+            bar.close()
+        return [row for row in self.store.results(self.run_id, self.protocol.name) if row.episode < self.episodes]
+
+    def _listen(self, worker: Worker, bar: tqdm) -> None:
+        """Take a worker's reply, if there is one, and bring its episode to the next look."""
+        attempt = self.running[worker]
+        try:
+            reply = worker.poll()
+        except WorkerFault as fault:
+            self._retry(worker, attempt, str(fault), bar)
+            return
+        if reply is None:
+            return
+        if reply.made:
+            self._check_made(reply)
+            self._begin(worker, attempt.episode)
+            return
+        for part, seconds in reply.seconds.items():
+            attempt.timings[part] += seconds
+        if reply.outcome:
+            attempt.outcome = reply.outcome
+            attempt.steps += reply.outcome.steps
+            if reply.outcome.steps < 1 or attempt.steps > self.protocol.max_steps:
+                raise RuntimeError(f"{self.protocol.sim} counted {attempt.steps} steps; see sims/base.py")
+        if reply.observation:
+            attempt.instruction = reply.observation.instruction
+            if self._on_film(attempt):
+                attempt.frames.append(reply.observation.images["main"])
+        if not (attempt.outcome and attempt.outcome.done):
+            attempt.observation = reply.observation
+        elif self._on_film(attempt) and reply.observation is None:
+            worker.send("observe")  # how it ended, for the film strip only
+        else:
+            self._finish(attempt, attempt.outcome, bar)
+            self._next(worker)
+
+    def _act(self) -> None:
+        """Predict for all workers that wait, in one batch, and send them on."""
+        waiting = [(w, a, a.observation) for w, a in self.running.items() if a.observation]
+        if not waiting:
+            return
+        started = time.monotonic()
+        chunks = self.policy.predict([observation for *_, observation in waiting])
+        seconds = time.monotonic() - started
+        for worker in self.running:
+            worker.postpone(seconds)
+        for (worker, attempt, _), chunk in zip(waiting, chunks, strict=True):
+            attempt.timings["infer"] += seconds / len(waiting)
+            attempt.observation = None
+            worker.send("execute", actions=self._executable(chunk), look=True)
+
+    def _executable(self, chunk: ActionChunk) -> np.ndarray:
+        """The first ``protocol.execute`` actions (n, A) of a chunk."""
+        if len(chunk.actions) < self.protocol.execute:
+            raise UserError(
+                f"action chunks of {len(chunk.actions)}",
+                f"at least {self.protocol.execute}, which {self.protocol.name} executes of each",
+                "train with head.chunk as large, or evaluate under another protocol",
+            )
+        actions = chunk.actions[: self.protocol.execute]
+        if not np.isfinite(actions).all():
+            raise UserError("a predicted action that is not finite", "finite actions", "look at the training's loss")
+        return actions
+
+    def _check_made(self, reply: Reply) -> None:
+        convention = Convention.from_dict(reply.made["convention"])
+        check_same(self.policy.convention, "the policy", convention, self.protocol.sim)
+        self.versions = {"vlm4vla": __version__, "python": platform.python_version(), **reply.made["versions"]}
+
+    def _begin(self, worker: Worker, episode: int) -> None:
+        self.running[worker] = Attempt(episode, started=time.monotonic())
+        worker.send("reset", seed=self.protocol.first_seed + episode, look=True)
+
+    def _next(self, worker: Worker) -> None:
+        if self.todo:
+            self._begin(worker, self.todo.popleft())
+        else:
+            del self.running[worker]
+            worker.close()
+
+    def _retry(self, worker: Worker, attempt: Attempt, fault: str, bar: tqdm) -> None:
+        """Start the worker again with the same episode, or record the fault and go on."""
+        if not self.versions:  # no worker was ever made: the set-up is at fault
+            raise UserError(
+                f"the simulator {self.protocol.sim} does not start: {fault}",
+                "a simulator that starts",
+                "vlm4vla doctor",
+            )
+        self.tries[attempt.episode] += 1
+        if self.tries[attempt.episode] < TRIES:
+            self.running[worker] = Attempt(attempt.episode)
+        else:
+            self._store(attempt, None, bar, fault=fault)
+            if not self.todo:
+                del self.running[worker]
+                worker.kill()
+                return
+            self.running[worker] = Attempt(self.todo.popleft())
+        worker.restart()
+
+    def _finish(self, attempt: Attempt, outcome: StepOutcome, bar: tqdm) -> None:
+        attempt.timings["wall"] = time.monotonic() - attempt.started
+        result = self._store(attempt, outcome, bar)
+        if self._on_film(attempt) and self.strips:
+            write_strip(self.strips, attempt.frames, result)
+
+    def _store(
+        self, attempt: Attempt, outcome: StepOutcome | None, bar: tqdm, fault: str | None = None
+    ) -> EpisodeResult:
+        result = EpisodeResult(
+            protocol=self.protocol.name,
+            episode=attempt.episode,
+            seed=self.protocol.first_seed + attempt.episode,
+            success=outcome.success if outcome else None,
+            steps=attempt.steps,
+            credits=outcome.credits if outcome else {},
+            instruction=attempt.instruction,
+            timings=attempt.timings,
+            versions=self.versions,
+            fault=fault,
+        )
+        self.store.add(self.run_id, result)
+        if outcome is None:
+            self.faults += 1
+        else:
+            self.finished.add(attempt.episode)
+            self.successes += outcome.success
+        bar.update()
+        if self.finished:
+            low, high = wilson(self.successes, len(self.finished))
+            text = f"success {self.successes / len(self.finished):.0%} [{low:.0%}, {high:.0%}]"
+            bar.set_postfix_str(text + (f", {self.faults} faults" if self.faults else ""))
+        return result
+
+    def _on_film(self, attempt: Attempt) -> bool:
+        return self.strips is not None and attempt.episode < self.num_strips

@@ -1,0 +1,217 @@
+"""The episode loop: same results however it is run, interrupted or troubled."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fake_sim import CONVENTION, FIRST_SEED, FakePolicy, FakeSim, protocol
+from vlm4vla.errors import UserError
+from vlm4vla.evaluation.rollout import TRIES, evaluate
+from vlm4vla.sims.worker import Worker
+from vlm4vla.studies.store import Store
+
+TESTS = str(Path(__file__).parent)
+EPISODES = 12
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", TESTS)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "results.sqlite") as store:
+        yield store
+
+
+def run(store, run_id="run", policy=None, named=None, episodes=EPISODES, **options):
+    options = {"image_size": 8, "workers": 2, "progress": False} | options
+    return evaluate(policy or FakePolicy(), named or protocol(), episodes, store, run_id, **options)
+
+
+def outcomes(results):
+    """What must not depend on how an evaluation is run."""
+    return [(r.episode, r.seed, r.success, r.steps, r.credits, r.instruction, r.fault) for r in results]
+
+
+def alone(seed):
+    """The same episode in this process, step by step."""
+    sim, policy = FakeSim(), FakePolicy()
+    sim.reset(seed)
+    steps = 0
+    while True:
+        outcome = sim.execute(policy.predict([sim.observe()])[0].actions[:3])
+        steps += outcome.steps
+        if outcome.done:
+            return outcome.success, steps
+
+
+def test_results_are_those_of_a_plain_loop(store):
+    results = run(store)
+    assert [(r.success, r.steps) for r in results] == [alone(FIRST_SEED + i) for i in range(EPISODES)]
+    assert 0 < sum(r.success for r in results) < EPISODES, "a test that could not see a difference"
+    assert [r.seed for r in results] == [FIRST_SEED + i for i in range(EPISODES)]
+    for r in results:
+        assert r.timings.keys() == {"sim", "render", "infer", "wall"}
+        assert r.timings["sim"] + r.timings["render"] + r.timings["infer"] <= r.timings["wall"]
+        assert r.versions["numpy"] == np.__version__
+
+
+def test_number_of_workers_does_not_matter(store):
+    policy = FakePolicy(delay_s=0.01)
+    assert outcomes(run(store, "one", workers=1)) == outcomes(run(store, "three", policy, workers=3))
+    assert max(policy.batches) > 1, "waiting workers are served together"
+
+
+def test_finished_episodes_are_not_repeated(store):
+    first = run(store, episodes=5)
+    policy = FakePolicy()
+    assert run(store, policy=policy, episodes=5) == first
+    assert policy.batches == []
+    assert run(store, episodes=EPISODES)[:5] == first
+    assert outcomes(store.results("run", "fake/line/v1")) == outcomes(run(store, "fresh"))
+
+
+@pytest.mark.parametrize("how", ["crash", "hang", "raise"])
+def test_a_troubled_episode_is_repeated(store, tmp_path, how):
+    """Each kind of trouble, once in an episode's middle, leaves no trace in the result."""
+    trouble = {str(FIRST_SEED + 2): how}
+    troubled = run(store, "troubled", named=protocol(trouble=trouble, scar=str(tmp_path)), timeout_s=2.0)
+    assert (tmp_path / str(FIRST_SEED + 2)).exists()
+    assert outcomes(troubled) == outcomes(run(store, "calm"))
+
+
+def test_a_lasting_fault_is_no_failure(store):
+    named = protocol(trouble={str(FIRST_SEED + 1): "crash"})
+    results = run(store, named=named)
+    bad = results[1]
+    assert bad.success is None
+    assert "SIGABRT" in bad.fault
+    assert "last words" in bad.fault
+    assert all(r.success is not None for i, r in enumerate(results) if i != 1)
+
+    policy = FakePolicy()
+    mended = run(store, policy=policy)  # the same protocol name without the trouble
+    assert outcomes(mended) == outcomes(run(store, "calm"))
+    assert len(policy.batches) <= 4, "only the fault was tried again"
+
+
+def test_a_fault_costs_three_starts(store, monkeypatch):
+    starts = []
+    plain = Worker.start
+    monkeypatch.setattr(Worker, "start", lambda self: (starts.append(1), plain(self))[1])
+    run(store, named=protocol(trouble={str(FIRST_SEED + 1): "crash"}), episodes=2, workers=1)
+    assert len(starts) == TRIES
+
+
+def test_what_cannot_work_is_refused_at_once(store):
+    other = FakePolicy(replace(CONVENTION, gripper="1=closed,0=open"))
+    with pytest.raises(UserError, match="gripper"):
+        run(store, policy=other)
+    assert other.batches == []
+    with pytest.raises(UserError, match="action chunks of 2"):
+        run(store, policy=FakePolicy(chunk=2))
+    with pytest.raises(UserError, match="assets"):
+        run(store, named=protocol(refuse=True))
+    with pytest.raises(UserError, match="does not start"):
+        run(store, named=protocol(no_such_argument=1))
+    policy = FakePolicy()
+    policy.predict = lambda observations: [
+        replace(chunk, actions=chunk.actions * np.nan) for chunk in FakePolicy().predict(observations)
+    ]
+    with pytest.raises(UserError, match="not finite"):
+        run(store, policy=policy)
+    assert store.results("run", "fake/line/v1") == []
+
+
+def test_film_strips_show_what_the_policy_saw(store, tmp_path):
+    policy = FakePolicy()
+    results = run(store, policy=policy, strips=tmp_path / "strips", num_strips=3)
+    assert outcomes(results) == outcomes(run(store, "without"))
+    assert len(list((tmp_path / "strips").iterdir())) == 6
+    for result in results[:3]:
+        about = json.loads((tmp_path / f"strips/fake-line-v1-{result.episode:04d}.json").read_text())
+        assert (about["success"], about["seed"], about["steps"]) == (result.success, result.seed, result.steps)
+        strip = np.asarray(Image.open(tmp_path / f"strips/fake-line-v1-{result.episode:04d}.png"))
+        looks = -(-result.steps // 3)
+        assert strip.shape == (8, 8 * (looks + 1), 3)
+        assert about["frames"] == looks + 1, "the looks, and how it ended"
+        sim = FakeSim()
+        sim.reset(result.seed)
+        np.testing.assert_array_equal(strip[:, :8], sim.observe().images["main"])
+
+
+SCRIPT = """
+import sys
+from fake_sim import FakePolicy, protocol
+from vlm4vla.evaluation.rollout import evaluate
+from vlm4vla.studies.store import Store
+path, run_id, step_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
+evaluate(FakePolicy(), protocol(step_s=step_s), 12, Store(path), run_id, image_size=8, workers=2, progress=False)
+"""
+
+
+def in_process(path, run_id, step_s):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(path), run_id, str(step_s)], stderr=subprocess.PIPE)
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_anywhere_it_goes_on(store, number):
+    process = in_process(store.path, "run", 0.02)
+    while not (4 <= len(store.results("run", "fake/line/v1")) <= 9):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = children(process.pid)
+    assert workers
+    process.send_signal(number)
+    process.communicate()
+    kept = store.results("run", "fake/line/v1")
+    assert 4 <= len(kept) < EPISODES
+    deadline = time.monotonic() + 5
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.02)
+
+    results = run(store)
+    assert [r for r in results if r in kept] == kept, "finished rows are untouched"
+    assert outcomes(results) == outcomes(run(store, "fresh"))
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_two_evaluations_share_a_store(tmp_path):
+    path = tmp_path / "fresh" / "results.sqlite"
+    processes = [in_process(path, name, 0.0) for name in ("a", "b")]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    with Store(path) as store:
+        assert store.evaluated() == [("a", "fake/line/v1", 12, 0), ("b", "fake/line/v1", 12, 0)]
+        rows = [outcomes(store.results(name, "fake/line/v1")) for name in ("a", "b")]
+    assert rows[0] == rows[1]
+
+
+def test_progress_shows_success_with_its_interval(store, capsys):
+    results = run(store, progress=True)
+    successes = sum(r.success for r in results)
+    shown = capsys.readouterr().err
+    assert f"success {successes / EPISODES:.0%} [" in shown
+    assert f"{EPISODES}/{EPISODES}" in shown
