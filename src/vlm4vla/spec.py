@@ -111,6 +111,8 @@ class Runtime(Strict):
     """``auto`` takes the first GPU torch sees, else the CPU, and says which; else as torch names them (``cuda:1``)."""
     threads: int = Field(default=1, ge=1)
     """BLAS threads of this process."""
+    checkpoint_s: float = Field(default=60.0, ge=0)
+    """Seconds between training checkpoints."""
     trackers: tuple[str, ...] = ()
     """``tensorboard``, ``wandb``, ``trackio``, through accelerate; the JSONL file is always written."""
     progress: bool = True

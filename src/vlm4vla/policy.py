@@ -1,0 +1,188 @@
+"""VLM -> VLA: backbone + action query + head; and the policy folder that opens alone. B batch, H chunk, A action.
+
+Native units outside, normalised inside. A policy folder holds ``policy.json`` (spec, statistics, convention, versions),
+``action.safetensors`` (query and head) and ``vlm/`` (a plain transformers folder with its processor).
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlm4vla import __version__
+from vlm4vla.backbones.vlm import Backbone, Processor, load_vlm, save_vlm
+from vlm4vla.convention import Convention
+from vlm4vla.data.normalize import Normalizer
+from vlm4vla.errors import UserError
+from vlm4vla.heads.mlp import MLPHead, decode
+from vlm4vla.spec import RunSpec, parse
+from vlm4vla.types import ActionChunk, Observation
+
+FORMAT = 1
+
+
+class VLA(nn.Module):
+    """A VLM with one action query and a head."""
+
+    def __init__(self, vlm: PreTrainedModel, processor: Processor, spec: RunSpec, state_size: int):
+        super().__init__()
+        self.backbone = Backbone(vlm, processor)
+        self.state_size = state_size
+        self.head = MLPHead(self.backbone.hidden_size, spec.head.chunk, spec.head.hidden, state_size)
+
+    def forward(self, inputs: dict[str, Tensor], state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs of ``Backbone.encode`` (and normalised state (B, S) with proprioception) -> the head's predictions."""
+        hidden = self.backbone(inputs)
+        return self.head(hidden if state is None else torch.cat([hidden, state], -1))
+
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """What the VLM did not have: query and head."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("backbone.vlm.")}
+
+
+class Policy:
+    """A trained VLA with everything needed to act: observations -> action chunks in native units."""
+
+    def __init__(
+        self,
+        vla: VLA,
+        spec: RunSpec,
+        convention: Convention,
+        actions: Normalizer,
+        state: Normalizer | None,
+        image_size: int,
+        card: dict,
+    ):
+        self.vla, self.spec, self.convention, self.actions, self.state = vla, spec, convention, actions, state
+        self.image_size = image_size
+        self.card = card
+        """Provenance: versions, hashes of data and backbone, parameter counts."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.vla.backbone.query.device
+
+    @torch.no_grad()
+    def predict(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        """One chunk (H, A) in native units for each observation. Deterministic.
+
+        Raises:
+            UserError: an observation lacks the camera, or has another size than the policy was trained on.
+        """
+        images = [self._image(observation) for observation in observations]
+        inputs = self.vla.backbone.encode(images, [observation.instruction for observation in observations])
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        state = None
+        if self.state is not None:
+            states = np.stack([self._state(observation) for observation in observations])
+            state = torch.from_numpy(self.state.normalize(states)).to(self.device)
+        self.vla.eval()
+        chunks = decode(*self.vla(inputs, state)).cpu().numpy()
+        return [ActionChunk(self.actions.unnormalize(chunk), self.convention) for chunk in chunks]
+
+    def _image(self, observation: Observation) -> np.ndarray:
+        image = observation.images.get("main")
+        if image is None or image.shape != (self.image_size, self.image_size, 3) or image.dtype != np.uint8:
+            found = {name: (value.dtype.name, value.shape) for name, value in observation.images.items()}
+            raise UserError(
+                f"an observation with the images {found}",
+                f"the camera 'main' as uint8 ({self.image_size}, {self.image_size}, 3), as in training",
+                f"render at {self.image_size} pixels",
+            )
+        return image
+
+    def _state(self, observation: Observation) -> np.ndarray:
+        if observation.state is None or observation.state.shape != (self.vla.state_size,):
+            raise UserError(
+                "an observation without the robot's state",
+                f"float32 ({self.vla.state_size},), as this policy was trained with proprioception",
+                "give Observation.state, or train without proprioception",
+            )
+        return observation.state
+
+    def save(self, folder: Path) -> None:
+        """Write the policy folder (into an empty one; the caller makes it appear whole)."""
+        save_vlm(self.vla.backbone.vlm, self.vla.backbone.processor, folder / "vlm")
+        action = {name: p.detach().cpu().contiguous() for name, p in self.vla.new_parameters().items()}
+        save_file(action, folder / "action.safetensors")
+        values = {
+            "format": FORMAT,
+            "spec": self.spec.model_dump(mode="json"),
+            "convention": self.convention.to_dict(),
+            "actions": self.actions.to_dict(),
+            "state": self.state.to_dict() if self.state else None,
+            "state_size": self.vla.state_size,
+            "image_size": self.image_size,
+            "card": self.card,
+        }
+        (folder / "policy.json").write_text(json.dumps(values, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "cpu") -> "Policy":
+        """Open a policy folder; nothing else is needed, and nothing is unpickled.
+
+        Raises:
+            UserError: not a policy folder, a damaged one, or one of another format.
+        """
+        folder = Path(folder)
+        path = folder / "policy.json"
+        if not path.is_file():
+            raise UserError(f"no {path}", "a policy folder", "train one: vlm4vla train --help")
+        values = json.loads(path.read_text())
+        if values.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {values.get('format')!r}", f"format {FORMAT}", "train it again with this version"
+            )
+        spec = parse(RunSpec, values["spec"], str(path))
+        vlm, processor = load_vlm(str(folder / "vlm"))
+        vla = VLA(vlm, processor, spec, values["state_size"])
+        action = load_file(folder / "action.safetensors")
+        if action.keys() != vla.new_parameters().keys():
+            raise UserError(
+                f"{folder}/action.safetensors holds {sorted(action)}", "query and head of its spec", "train it again"
+            )
+        vla.load_state_dict(action, strict=False)
+        state = Normalizer.from_dict(values["state"]) if values["state"] else None
+        policy = cls(
+            vla.to(torch_device(device)).eval(),
+            spec,
+            Convention.from_dict(values["convention"]),
+            Normalizer.from_dict(values["actions"]),
+            state,
+            values["image_size"],
+            values["card"],
+        )
+        return policy
+
+
+def torch_device(name: str) -> torch.device:
+    """``auto`` -> the first GPU, else the CPU; anything else must exist.
+
+    Raises:
+        UserError: a GPU was asked for and torch sees none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}, and torch sees no GPU", "a device that is there", "use --device cpu")
+    return torch.device(name)
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a number."""
+    packages = ("torch", "transformers", "tokenizers", "numpy", "mujoco")
+    found = {name: version(name) for name in packages if _installed(name)}
+    return {"vlm4vla": __version__, "python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None

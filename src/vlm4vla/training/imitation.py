@@ -1,0 +1,112 @@
+"""Imitation learning of a policy: the objective behind ``vlm4vla train``."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlm4vla.backbones import treatments
+from vlm4vla.backbones.vlm import load_vlm
+from vlm4vla.data.augment import jitter_and_shift
+from vlm4vla.data.cache import frames
+from vlm4vla.data.lerobot import Dataset
+from vlm4vla.data.normalize import Normalizer
+from vlm4vla.data.windows import windows
+from vlm4vla.heads.mlp import action_loss
+from vlm4vla.policy import VLA, Policy, versions
+from vlm4vla.spec import RunSpec, Runtime, content_hash
+from vlm4vla.training.loop import fit
+
+
+class Imitation:
+    """Predict the recorded chunk from one picture and the instruction (see ``training.loop.Objective``)."""
+
+    def __init__(self, policy: Policy, dataset: Dataset):
+        self.policy, self.dataset, self.spec = policy, dataset, policy.spec
+        self.vla = policy.vla
+        self.module: nn.Module = policy.vla
+        self.num_samples = dataset.num_frames
+        self.frames = frames(dataset)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        new = set(map(id, self.vla.new_parameters().values()))
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        scale = 1.0 if self.spec.treatment == "scratch" else self.spec.training.vlm_lr_scale
+        groups = [
+            {"params": [p for p in trained if id(p) in new], "lr_scale": 1.0},
+            {"params": [p for p in trained if id(p) not in new], "lr_scale": scale},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        training = self.spec.training
+        images, _ = jitter_and_shift(self.frames[indices], rng, training.image_jitter, training.image_shift)
+        inputs = self.vla.backbone.encode(images, self.dataset.instructions(indices))
+        actions, valid = windows(self.dataset, indices, self.spec.head.chunk)
+        target = self.policy.actions.normalize(actions).astype(np.float32)
+        batch = {f"inputs.{name}": value for name, value in inputs.items()}
+        batch |= {"target": torch.from_numpy(target), "valid": torch.from_numpy(valid)}
+        if self.policy.state is not None:
+            batch["state"] = torch.from_numpy(self.policy.state.normalize(self.dataset.states[indices]))
+        return batch
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = {name.removeprefix("inputs."): value for name, value in batch.items() if name.startswith("inputs.")}
+        pose, gripper = self.vla(inputs, batch.get("state"))
+        return action_loss(pose, gripper, batch["target"], batch["valid"], self.spec.head.gripper_weight)
+
+    def export(self, folder: Path) -> None:
+        self.policy.save(folder)
+
+
+def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None:
+    """Train ``spec`` on the data set in ``data_folder`` into ``out``: resumes, and does nothing when finished.
+
+    The result is the policy folder ``out/policy``; ``out/run.json`` says what was run.
+
+    Raises:
+        UserError: unreadable data, an unknown backbone, or ``out`` belonging to another run.
+    """
+    if (out / "policy").is_dir():
+        return
+    torch.set_num_threads(runtime.threads)
+    dataset = Dataset.open(data_folder)
+    vlm, processor = load_vlm(spec.backbone)
+    backbone_hash = weights_hash(vlm)
+    torch.manual_seed(spec.seed)
+    vlm = treatments.treat(vlm, spec.treatment)
+    vla = VLA(vlm, processor, spec, dataset.states.shape[1] if spec.proprioception else 0)
+    actions = Normalizer.fit(dataset.actions)
+    card = {
+        "run_id": spec.run_id,
+        "versions": versions(),
+        "data_hash": dataset.content_hash,
+        "backbone_hash": backbone_hash,
+        "parameters": treatments.count(vlm),
+        "new_parameters": sum(p.numel() for p in vla.new_parameters().values()),
+        "episodes": dataset.num_episodes,
+        "frames": dataset.num_frames,
+        "fraction_clipped": actions.fraction_clipped(dataset.actions),
+    }
+    state = Normalizer.fit(dataset.states, gripper=False) if spec.proprioception else None
+    policy = Policy(vla, spec, dataset.convention, actions, state, dataset.image_size, card)
+    out.mkdir(parents=True, exist_ok=True)
+    identity = content_hash([spec.model_dump(mode="json"), dataset.content_hash, backbone_hash])
+    started = time.monotonic()
+    fit(Imitation(policy, dataset), spec.training, spec.seed, out, runtime, identity)
+    finished = {"spec": spec.model_dump(mode="json"), **card, "seconds": round(time.monotonic() - started, 1)}
+    (out / "run.json").write_text(json.dumps(finished, indent=2))
+
+
+def weights_hash(vlm: torch.nn.Module) -> str:
+    """10 hex digits of the SHA-256 over names and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(vlm.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]

@@ -1,0 +1,202 @@
+"""The one training loop: policies and the VLM stage alike. Read it from top to bottom.
+
+All randomness of step ``s`` (which samples, which augmentation, dropout) derives from ``(seed, s)``, and the learning
+rate from ``s``. So a checkpoint needs only the step, the trained parameters, their average and the optimiser's moments,
+and a run that is killed at any moment and started again ends with the weights of an uninterrupted one.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vlm4vla.errors import UserError
+from vlm4vla.spec import Runtime, TrainSpec
+from vlm4vla.training import checkpoint
+
+LOG_EVERY = 10
+"""Steps between rows of ``metrics.jsonl``; the device is synchronised only then."""
+
+
+class Objective(Protocol):
+    """What the loop trains: it asks for a batch, then for the loss on it."""
+
+    num_samples: int
+
+    @property
+    def module(self) -> nn.Module:
+        """Holds every parameter; those with ``requires_grad`` are trained."""
+        ...
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups with the keys ``params`` and ``lr_scale``; a partition of the trained parameters."""
+        ...
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The samples (B,) as named tensors on the CPU."""
+        ...
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss, and detached scalars worth logging."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write what the training was for into an empty folder."""
+        ...
+
+
+def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
+    """Train to ``spec.steps`` and export to ``out/policy``; start again to resume.
+
+    Writes ``metrics.jsonl`` (one row each ``LOG_EVERY`` steps), ``checkpoint.safetensors``, ``policies/step-*`` (where
+    ``spec.checkpoints`` > 1) and at last ``policy``.
+
+    Args:
+        identity: what this training is of; a checkpoint of another one in ``out`` is refused.
+
+    Raises:
+        UserError: the loss is not finite (the batch is saved), or ``out`` belongs to another run.
+    """
+    if (out / "policy").is_dir():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        cpu=runtime.device == "cpu",
+        mixed_precision="bf16" if spec.precision == "bf16" else "no",
+        log_with=list(runtime.trackers) or None,
+        project_dir=out,
+    )
+    if runtime.trackers:
+        accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
+    groups = objective.parameter_groups()
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    module, optimizer = accelerator.prepare(objective.module, optimizer)
+    trained = {name: p for name, p in objective.module.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in trained.items()} if spec.ema else {}
+    done = checkpoint.load(out, trained, average, optimizer.optimizer, identity)
+    metrics = Metrics(out / "metrics.jsonl", done)
+    exports = {round(spec.steps * (i + 1) / spec.checkpoints) for i in range(spec.checkpoints)}
+
+    module.train()
+    saved_at, window_start, pending = time.monotonic(), time.monotonic(), []
+    bar = tqdm(total=spec.steps, initial=done, unit="step", desc=out.name, disable=not runtime.progress)
+    for step in range(done, spec.steps):
+        batch = make_batch(objective, spec, seed, step)
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        torch.manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(spec, step) * group["lr_scale"]
+        with accelerator.autocast():
+            loss, parts = objective.loss(batch)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(trained.values(), spec.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average:
+            decay = min(spec.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for name, value in average.items():
+                    value.lerp_(trained[name], 1 - decay)
+        pending.append({"loss": loss.detach(), "grad_norm": norm, **parts})
+        bar.update()
+
+        last = step + 1 == spec.steps
+        if (step + 1) % LOG_EVERY == 0 or last or step + 1 in exports:
+            rows = {name: torch.stack([row[name] for row in pending]).float().cpu() for name in pending[0]}
+            bad = (~torch.isfinite(rows["loss"])).nonzero()
+            if len(bad):
+                _stop_on_bad_loss(objective, spec, seed, step + 1 - len(pending) + int(bad[0]), out)
+            seconds = time.monotonic() - window_start
+            row = {name: round(float(values.mean()), 6) for name, values in rows.items()}
+            row |= {
+                "lr": learning_rate(spec, step),
+                "samples_per_s": round(len(pending) * spec.batch_size / seconds, 1),
+            }
+            metrics.write(step + 1, row)
+            accelerator.log(row, step=step + 1)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['samples_per_s']:.0f}/s")
+            window_start, pending = time.monotonic(), []
+            if last or step + 1 in exports or time.monotonic() - saved_at > runtime.checkpoint_s:
+                checkpoint.save(out, step + 1, trained, average, optimizer.optimizer, identity)
+                saved_at = time.monotonic()
+            if step + 1 in exports and not last:
+                _export(objective, trained, average, out / "policies" / f"step-{step + 1:06d}")
+    bar.close()
+    accelerator.end_training()
+    _export(objective, trained, average, out / "policy")
+
+
+def make_batch(objective: Objective, spec: TrainSpec, seed: int, step: int) -> dict[str, Tensor]:
+    """The batch of a step: consecutive samples of seeded permutations, one permutation an epoch."""
+    positions = np.arange(step * spec.batch_size, (step + 1) * spec.batch_size)
+    epochs = positions // objective.num_samples
+    orders = {e: np.random.default_rng((seed, 0, e)).permutation(objective.num_samples) for e in np.unique(epochs)}
+    indices = np.array([orders[e][p % objective.num_samples] for e, p in zip(epochs, positions, strict=True)])
+    return objective.batch(indices, np.random.default_rng((seed, 1, step)))
+
+
+def learning_rate(spec: TrainSpec, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, spec.warmup_steps))
+    if spec.schedule == "constant":
+        return spec.learning_rate * warm
+    return spec.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
+
+
+class Metrics:
+    """``metrics.jsonl``: rows after the checkpoint that training resumes from are dropped, as they are made again."""
+
+    def __init__(self, path: Path, done: int):
+        rows = list(read_metrics(path)) if path.exists() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
+        partial.replace(path)
+        self.path = path
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """Rows of a ``metrics.jsonl``; a last line cut short by a kill is passed over."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _export(objective: Objective, trained: dict[str, nn.Parameter], average: dict[str, Tensor], folder: Path) -> None:
+    """Export with the averaged weights in place; the folder appears whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    for stale in (partial, folder):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with torch.no_grad():
+        kept = {name: trained[name].detach().clone() for name in average}
+        for name, value in average.items():
+            trained[name].copy_(value)
+        objective.export(partial)
+        for name, value in kept.items():
+            trained[name].copy_(value)
+    partial.rename(folder)
+
+
+def _stop_on_bad_loss(objective: Objective, spec: TrainSpec, seed: int, step: int, out: Path) -> None:
+    path = out / f"bad-batch-{step:06d}.safetensors"
+    checkpoint.save_tensors(path, make_batch(objective, spec, seed, step), {"step": str(step)})
+    raise UserError(
+        f"the loss of step {step} is not finite; its batch is in {path}",
+        "a finite loss",
+        f"look at the batch; if it is sound, lower learning_rate (now {spec.learning_rate}) and use a new folder",
+    )
