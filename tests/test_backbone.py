@@ -1,0 +1,119 @@
+"""The adapter on the embedded VLM with random weights: padding, batch-mates, the native forward, save and reload."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlm4vla.backbones import tiny, treatments
+from vlm4vla.backbones.vlm import PROMPT, Backbone, load_vlm, prompt, save_vlm
+from vlm4vla.errors import UserError
+from vlm4vla.skills.questions import words
+from vlm4vla.skills.stage import pixels
+
+NAMES = ["cat", "cat face", "ant", "red apple"]
+TEXTS = ["place the block on cat face", "pick the block and place it on ant", "place it on red apple"]
+
+
+@pytest.fixture(scope="module")
+def vlm_and_processor():
+    return tiny.build(NAMES, words(), seed=0)
+
+
+@pytest.fixture
+def backbone(vlm_and_processor):
+    backbone = Backbone(*vlm_and_processor).eval()
+    torch.nn.init.normal_(backbone.query, generator=torch.Generator().manual_seed(1))
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8))
+
+
+def test_a_name_is_one_token_and_never_a_part_of_a_word(vlm_and_processor):
+    tokenizer = vlm_and_processor[1].tokenizer
+    assert tokenizer.tokenize("where is the Cat Face") == ["where", "is", "the", "cat face"]
+    assert tokenizer.tokenize("elephant") == ["<unk>"]
+
+
+def test_every_word_of_the_prompt_is_known(vlm_and_processor):
+    tokenizer = vlm_and_processor[1].tokenizer
+    for text in TEXTS:
+        assert "<unk>" not in tokenizer.tokenize(PROMPT.format(instruction=text))
+
+
+def test_output_does_not_depend_on_padding_or_batch_mates(backbone, images):
+    together = backbone(backbone.encode(images, TEXTS))
+    for i, text in enumerate(TEXTS):
+        alone = backbone(backbone.encode(images[i : i + 1], [text]))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_state_equals_the_native_model_with_a_real_extra_token(backbone, images):
+    vlm, processor = backbone.vlm, backbone.processor
+    token = processor.tokenizer.convert_tokens_to_ids("gripper")
+    with torch.no_grad():
+        backbone.query.copy_(vlm.get_input_embeddings().weight[token])
+    text = prompt(processor, PROMPT.format(instruction=TEXTS[0])) + " gripper"
+    native = vlm.model(**processor(text=text, images=images[:1], return_tensors="pt")).last_hidden_state[:, -1]
+    ours = backbone(backbone.encode(images[:1], TEXTS[:1]))
+    torch.testing.assert_close(ours, native, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_every_group_and_the_query(backbone, images):
+    backbone.zero_grad()
+    backbone(backbone.encode(images, TEXTS)).square().sum().backward()
+    assert backbone.query.grad.abs().sum() > 0
+    for group, parameters in treatments.groups(backbone.vlm).items():
+        reached = sum(p.grad.abs().sum() for p in parameters.values() if p.grad is not None)
+        assert (reached > 0) == (group != "lm_head"), group
+
+
+def test_plain_transformers_opens_what_we_save(backbone, images, tmp_path):
+    save_vlm(backbone.vlm, backbone.processor, tmp_path)
+    again = Backbone(
+        AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    ).eval()
+    again.query.data = backbone.query.data
+    assert torch.equal(again(again.encode(images, TEXTS)), backbone(backbone.encode(images, TEXTS)))
+
+
+def test_fast_pixels_equal_the_processor(vlm_and_processor, images):
+    native = vlm_and_processor[1].image_processor(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels(np.stack(images)), native, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("treatment", ["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "scratch"])
+def test_frozen_stays_to_the_bit_and_trained_moves(treatment, images):
+    torch.manual_seed(3)
+    original, processor = tiny.build(NAMES, words(), seed=0)
+    vlm = treatments.treat(original, treatment)
+    backbone = Backbone(vlm, processor)
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # the query is zero at first: words reach it from the second step on
+        optimizer.zero_grad()
+        backbone(backbone.encode(images, TEXTS)).square().sum().backward()
+        optimizer.step()
+    for group, parameters in treatments.groups(vlm).items():
+        moved = [not torch.equal(before[name], p) for name, p in parameters.items()]
+        frozen = group in treatments.FROZEN[treatment] or group == "lm_head"
+        assert not any(moved) if frozen else any(moved), (treatment, group)
+    trained = {group: counts["trained"] for group, counts in treatments.count(vlm).items()}
+    assert sum(trained.values()) == sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+
+
+def test_scratch_is_another_draw_of_the_same_shape():
+    vlm, _ = tiny.build(NAMES, words(), seed=0)
+    torch.manual_seed(7)
+    fresh = treatments.treat(vlm, "scratch")
+    old = dict(vlm.named_parameters())
+    weights = [(old[name], p) for name, p in fresh.named_parameters() if p.ndim > 1]
+    assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in weights)
+
+
+def test_unknown_backbone_names_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="image-text-to-text"):
+        load_vlm(str(tmp_path))

@@ -1,0 +1,166 @@
+"""The training loop on a tiny regression: resume, kill, average, export, non-finite loss, foreign checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vlm4vla.errors import UserError
+from vlm4vla.spec import Runtime, TrainSpec
+from vlm4vla.training.loop import fit, learning_rate, make_batch, read_metrics
+
+QUIET = Runtime(device="cpu", progress=False, checkpoint_s=0)
+
+
+class Regression:
+    num_samples = 50
+
+    def __init__(self, bad_step: int | None = None, pause: float = 0.0):
+        torch.manual_seed(0)
+        self.module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.data = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+        self.bad_step, self.pause, self.step = bad_step, pause, 0
+
+    def parameter_groups(self):
+        return [{"params": list(self.module.parameters()), "lr_scale": 1.0}]
+
+    def batch(self, indices, rng):
+        x = self.data[indices] + rng.normal(scale=0.1, size=(len(indices), 4)).astype(np.float32)
+        return {"x": torch.from_numpy(x), "y": torch.from_numpy(x.sum(1, keepdims=True))}
+
+    def loss(self, batch):
+        time.sleep(self.pause)
+        loss = (self.module(batch["x"]) - batch["y"]).square().mean()
+        self.step += 1
+        return loss * (float("nan") if self.step - 1 == self.bad_step else 1.0), {"half": loss.detach() / 2}
+
+    def export(self, folder):
+        save_file(self.module.state_dict(), folder / "weights.safetensors")
+
+
+SPEC = TrainSpec(steps=40, batch_size=8, learning_rate=1e-2, warmup_steps=5, ema=0.9, checkpoints=2, schedule="cosine")
+
+
+def weights(folder):
+    return load_file(folder / "policy" / "weights.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_logs_and_exports(tmp_path):
+    fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (tmp_path / "policies" / "step-000020").is_dir()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
+    fit(Regression(), SPEC, 0, tmp_path / "whole", QUIET, "x")
+
+    class Stop(Exception):
+        pass
+
+    class Interrupted(Regression):
+        def loss(self, batch):
+            if self.step == 27:
+                raise Stop
+            return super().loss(batch)
+
+    with pytest.raises(Stop):
+        fit(Interrupted(), SPEC, 0, tmp_path / "parts", QUIET, "x")
+    fit(Regression(), SPEC, 0, tmp_path / "parts", QUIET, "x")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    steps = [row["step"] for row in read_metrics(tmp_path / "parts" / "metrics.jsonl")]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_kill_9_and_rerun_gives_the_same_weights(tmp_path):
+    code = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        from pathlib import Path
+        from test_loop import *
+        torch.set_num_threads(1)
+        fit(Regression(pause=0.02), SPEC, 0, Path(sys.argv[1]), QUIET, "x")
+    """)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", code, str(killed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (killed / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "policy").exists()
+    fit(Regression(), SPEC, 0, killed, QUIET, "x")
+    fit(Regression(), SPEC, 0, tmp_path / "whole", QUIET, "x")
+    assert same(weights(killed), weights(tmp_path / "whole"))
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    fit(Regression(), SPEC, 0, tmp_path / "a", QUIET, "x")
+    fit(Regression(), SPEC, 1, tmp_path / "b", QUIET, "x")
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_each_epoch_sees_every_sample_once():
+    seen = []
+
+    class Spy(Regression):
+        def batch(self, indices, rng):
+            seen.extend(indices)
+            return super().batch(indices, rng)
+
+    spec = TrainSpec(steps=25, batch_size=8)
+    for step in range(25):
+        make_batch(Spy(), spec, 0, step)
+    epochs = np.array(seen).reshape(4, 50)
+    assert (np.sort(epochs) == np.arange(50)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path):
+    with pytest.raises(UserError, match="step 13"):
+        fit(Regression(bad_step=13), SPEC, 0, tmp_path, QUIET, "x")
+    saved = load_file(tmp_path / "bad-batch-000013.safetensors")
+    assert torch.equal(saved["x"], make_batch(Regression(), SPEC, 0, 13)["x"])
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+    (tmp_path / "policy").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="belongs to the run x"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET, "y")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+
+
+def test_a_metrics_line_cut_short_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 10}) + "\n" + '{"step": 2')
+    assert list(read_metrics(path)) == [{"step": 10}]
+
+
+def test_learning_rate_warms_up_then_follows_the_schedule():
+    constant = TrainSpec(steps=100, learning_rate=1.0, warmup_steps=10)
+    assert learning_rate(constant, 4) == pytest.approx(0.5)
+    assert learning_rate(constant, 99) == 1.0
+    cosine = TrainSpec(steps=100, learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    assert learning_rate(cosine, 50) == pytest.approx(0.5)
+    assert learning_rate(cosine, 99) < 0.001
