@@ -153,9 +153,9 @@ def test_errors_are_told_apart(start):
     assert worker.ask("reset", seed=2, look=True).observation is not None
 
 
-def test_unknown_simulator_names_the_near_ones():
-    worker = Worker("fake_sims:FakeSim", {})
-    with pytest.raises(WorkerFault, match="fake_sims"):
+def test_an_unknown_simulator_is_the_users_to_mend():
+    worker = Worker("grinningfase", {})
+    with pytest.raises(UserError, match="nearest: grinningface"):
         worker.receive()
     worker.kill()
 

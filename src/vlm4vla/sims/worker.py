@@ -17,7 +17,6 @@ parent dies.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -34,7 +33,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from vlm4vla.errors import UserError, nearest
+from vlm4vla import sims
+from vlm4vla.errors import UserError
 from vlm4vla.sims.base import Sim, StepOutcome
 from vlm4vla.types import Observation
 
@@ -295,18 +295,6 @@ def wait(workers: Sequence[Worker]) -> None:
 # ---------------------------------------------------------------------------------------------------- worker's side
 
 
-def load_sim(name: str) -> type[Sim]:
-    """The simulator class of a key of ``SIMS`` or of ``module:Class``; ``UserError`` where there is none."""
-    if ":" not in name:
-        from vlm4vla.sims import SIMS
-
-        if name not in SIMS:
-            raise UserError(f"no simulator {name!r}", f"{nearest(name, list(SIMS))}, or module:Class", "mend its name")
-        name = SIMS[name]
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def exit_with_parent(parent: int, period_s: float = 1.0) -> None:
     """End this process soon after its parent, even where the main thread is stuck."""
 
@@ -328,7 +316,7 @@ class Server:
         do = request["do"]
         started = time.perf_counter()
         if do == "make":
-            self.sim = load_sim(request["sim"])(**request["kwargs"])
+            self.sim = sims.make(request["sim"], **request["kwargs"])
             loaded = [name for name in SIMULATION_PACKAGES if name in sys.modules]
             versions = {name: str(getattr(sys.modules[name], "__version__", "unknown")) for name in loaded}
             made = {"convention": self.sim.convention.to_dict(), "versions": versions}
