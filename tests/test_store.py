@@ -110,7 +110,9 @@ def test_processes_write_at_once_from_the_first_moment(tmp_path):
     path = tmp_path / "r.sqlite"
     names = ["a", "b", "c"]
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), name], cwd=Path(__file__).parent, stderr=subprocess.PIPE
+        )
         for name in names
     ]
     for writer in writers:
