@@ -14,6 +14,10 @@ class UserError(Exception):
         self.found, self.expected, self.next_step = found, expected, next_step
         super().__init__(f"found: {found}\nexpected: {expected}\nnext: {next_step}")
 
+    def __reduce__(self) -> tuple:
+        """Travels between processes: an exception is rebuilt from its message unless it says how."""
+        return type(self), (self.found, self.expected, self.next_step)
+
 
 def nearest(name: str, known: list[str]) -> str:
     """``"a, b"``: the known names closest to a misspelt one (all of them where none is close)."""
