@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ COLOURS = ("#3d7fd9", "#e07b39", "#2f9e6e", "#b565c9", "#c2a10f", "#d9527a", "#5
 MARKERS = ("o", "D", "s", "^", "v", "P", "X", "*")
 WIDTH = 4.0
 """Inches. A panel is 288 SVG units wide, so 9 pt text is still 9 px or more on a phone of 390 px."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vlm4vla",
     "font.size": 9,
@@ -88,7 +89,8 @@ def over_steps(title: str, series: Mapping[str, Sequence[tuple[int, Point]]], ch
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             known = [(step, point) for step, point in points if point.rate is not None]
             steps = [step for step, _ in known]
-            axes.plot(steps, [p.rate for _, p in known], color=colour, marker=marker, markersize=4.5, label=name)
+            rates = [point.rate for _, point in known if point.rate is not None]
+            axes.plot(steps, rates, color=colour, marker=marker, markersize=4.5, label=name)
             axes.fill_between(
                 steps, [p.low for _, p in known], [p.high for _, p in known], color=colour, alpha=0.15, linewidth=0
             )
@@ -129,10 +131,14 @@ def curves(title: str, lines: Sequence[tuple[str, Sequence[float], Sequence[floa
 
 
 def _legend(axes: Axes, num: int) -> None:
-    if num > 1 or axes.get_legend_handles_labels()[1]:
-        axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(num, 3), frameon=False, fontsize=8, handlelength=1.4
-        )
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=min(num, 3),
+        frameon=False,
+        fontsize=8,
+        handlelength=1.4,
+    )
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from vlm4vla.reporting.tables import Study, setting, split
+from vlm4vla.reporting.tables import Results, setting, split
 from vlm4vla.studies import stats
 from vlm4vla.studies.stats import Difference
 
@@ -120,7 +120,9 @@ def claims() -> list[Claim]:
         lower = sum(value < full for full, value in pairs)
         numbers = f"lower in {lower} of {len(pairs)} pairs of model and benchmark"
         if direction == "similar":
-            numbers = f"{min((v - f) / f for f, v in pairs):+.0%} to {max((v - f) / f for f, v in pairs):+.0%}, relative"
+            numbers = (
+                f"{min((v - f) / f for f, v in pairs):+.0%} to {max((v - f) / f for f, v in pairs):+.0%}, relative"
+            )
         source = "VLM4VLA, arXiv 2601.03309"
         found.append(Claim(source, text, (treatment, None), ("full", None), "success", direction, numbers))
     return [*found, *DIRECTIONS]
@@ -129,7 +131,7 @@ def claims() -> list[Claim]:
 def judge(direction: Direction, difference: Difference) -> Verdict:
     """Agree only where the whole interval lies on the published side, disagree only where all of it does not."""
     if direction == "similar":
-        if -MARGIN < difference.low and difference.high < MARGIN:
+        if difference.low > -MARGIN and difference.high < MARGIN:
             return "agree"
         return "disagree" if difference.low > MARGIN or difference.high < -MARGIN else "undecided"
     low, high = (difference.low, difference.high) if direction == "higher" else (-difference.high, -difference.low)
@@ -138,24 +140,24 @@ def judge(direction: Direction, difference: Difference) -> Verdict:
     return "disagree" if high < 0 else "undecided"
 
 
-def compare(study: Study) -> list[Comparison]:
+def compare(results: Results) -> list[Comparison]:
     """Every claim with what this study says of it, a line for each setting and split that speaks to it."""
     lines = []
     for claim in claims():
-        ours = [line for where in study.settings for line in _ours(study, claim, where)]
+        ours = [line for where in results.settings for line in _ours(results, claim, where)]
         lines += ours or [Comparison(claim, "", None, "not run")]
     return lines
 
 
-def _ours(study: Study, claim: Claim, where: str) -> list[Comparison]:
-    by_split = {split(name): name for name in study.protocol_names if setting(name) == where}
+def _ours(results: Results, claim: Claim, where: str) -> list[Comparison]:
+    by_split = {split(name): name for name in results.protocol_names if setting(name) == where}
     pairs = [(claim.first[1], claim.second[1])] if claim.first[1] else [(name, name) for name in by_split]
     lines = []
     for first_split, second_split in pairs:
         if first_split not in by_split or second_split not in by_split:
             continue
-        first = study.rate(claim.first[0], by_split[first_split], claim.metric)
-        second = study.rate(claim.second[0], by_split[second_split], claim.metric)
+        first = results.rate(claim.first[0], by_split[first_split], claim.metric)
+        second = results.rate(claim.second[0], by_split[second_split], claim.metric)
         if first and second:
             gap = stats.difference(first, second)
             splits = first_split if first_split == second_split else f"{first_split} against {second_split}"

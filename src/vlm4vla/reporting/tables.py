@@ -4,20 +4,21 @@ Nothing here decides what to say (``conclusions.py``) or how it looks (``html.py
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from vlm4vla.errors import UserError
-from vlm4vla.studies import stats
+from vlm4vla.evaluation.protocols import protocol
+from vlm4vla.studies import matrix, stats
 from vlm4vla.studies.stats import Difference, Rate
 from vlm4vla.studies.store import RunRow, Store
 from vlm4vla.types import EpisodeResult
 
+STUDY = "study.yaml"
+"""The matrix in a study's folder, as it was run."""
 METRICS = ("success", "execution", "recognition")
-STEP = "@step-"
-"""``<run_id>@step-000200`` is that run's policy after 200 steps, evaluated for success over training steps."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Cell:
     """Episodes asked for."""
     results: tuple[EpisodeResult, ...]
     """Faults included."""
-    why: str = ""
-    """Why its run failed, where it did."""
+    step: int
+    """Training steps of the policy."""
 
     @property
     def finished(self) -> int:
@@ -58,19 +59,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Study:
+class Results:
     """All that a report is made of."""
 
     name: str
     folder: Path
     cells: tuple[Cell, ...]
     curve: tuple[Cell, ...]
-    """Cells of policies saved on the way; their ``run_id`` ends in ``@step-...``."""
+    """Cells of policies saved on the way (``Cell.step``)."""
     runs: dict[str, RunRow]
     chance: dict[str, float] = field(default_factory=dict)
     """Recognition by chance, by protocol."""
-    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What each protocol's name stands for."""
 
     @property
     def treatments(self) -> list[str]:
@@ -93,17 +92,22 @@ class Study:
     def faults(self) -> int:
         return sum(cell.faults for cell in self.cells)
 
+    @cached_property
     def rows(self) -> list[Row]:
-        return [row(self.select(p, t)) for p in self.protocol_names for t in self.treatments if self.select(p, t)]
+        """Protocols in their order, treatments within each."""
+        cells = [self.select(name, treatment) for name in self.protocol_names for treatment in self.treatments]
+        return [pool(group) for group in cells if group]
 
     def select(self, protocol: str, treatment: str) -> list[Cell]:
         return [cell for cell in self.cells if (cell.protocol, cell.treatment) == (protocol, treatment)]
 
     def rate(self, treatment: str, protocol: str, metric: str) -> Rate | None:
         """None where nothing was measured."""
-        cells = self.select(protocol, treatment)
-        found = row(cells).rates.get(metric) if cells else None
-        return found if found and found.n else None
+        for row in self.rows:
+            if (row.treatment, row.protocol) == (treatment, protocol):
+                found = row.rates.get(metric)
+                return found if found and found.n else None
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Comparison:
 
     first: str
     second: str
+    rates: tuple[Rate, Rate]
     difference: Difference
 
     @property
@@ -132,7 +137,7 @@ def split(protocol: str) -> str:
     return parts[2] if len(parts) == 4 else ""
 
 
-def row(cells: Sequence[Cell]) -> Row:
+def pool(cells: Sequence[Cell]) -> Row:
     """One treatment's cells under one protocol, pooled over training seeds."""
     by_seed = [cell.results for cell in cells]
     finished = [result for results in by_seed for result in results if result.success is not None]
@@ -145,37 +150,63 @@ def row(cells: Sequence[Cell]) -> Row:
     return Row(cells[0].treatment, cells[0].protocol, rates, seeds, len(cells))
 
 
-def comparisons(study: Study, protocol: str, metric: str) -> list[Comparison]:
+def comparisons(results: Results, protocol: str, metric: str) -> list[Comparison]:
     """Every pair of treatments that was measured, the higher rate first."""
-    rates = [(name, study.rate(name, protocol, metric)) for name in study.treatments]
+    rates = [(name, results.rate(name, protocol, metric)) for name in results.treatments]
     known = sorted(((name, rate) for name, rate in rates if rate), key=lambda pair: -pair[1].estimate)
     return [
-        Comparison(a, b, stats.difference(first, second))
+        Comparison(a, b, (first, second), stats.difference(first, second))
         for i, (a, first) in enumerate(known)
         for b, second in known[i + 1 :]
     ]
 
 
-def labels(specs: dict[str, dict]) -> dict[str, str]:
-    """What to call each run's treatment: its name, and every other setting in which the runs of this study differ.
+def load(folder: Path) -> Results:
+    """Read a study's folder, finished or not.
 
-    The training seed is left out: runs that differ in nothing else share a label.
+    Raises:
+        UserError: no study there, or a damaged one.
     """
-    flat = {run_id: dict(_flatten(spec)) for run_id, spec in specs.items()}
-    keys = sorted({key for values in flat.values() for key in values} - {"seed", "treatment"})
-    varying = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
-    return {
-        run_id: ", ".join([values["treatment"], *(f"{key.split('.')[-1]}={values.get(key)}" for key in varying)])
-        for run_id, values in flat.items()
-    }
+    for name in (STUDY, matrix.RESULTS):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"no {folder / name}",
+                "the folder of a study that was started",
+                f"ls {folder}; vlm4vla study run STUDY --out {folder}",
+            )
+    study = matrix.load(folder / STUDY)
+    with Store(folder / matrix.RESULTS) as store:
+        runs = store.runs()
+        final, curve = [], []
+        for planned in study.cells():
+            for run_id, name, expected in planned.wanted():
+                _, _, step = run_id.partition("@step-")
+                cell = Cell(
+                    label(planned),
+                    planned.run.seed,
+                    planned.run_id,
+                    name,
+                    expected,
+                    tuple(r for r in store.results(run_id, name) if r.episode < expected),
+                    int(step or planned.run.training.steps),
+                )
+                (curve if step else final).append(cell)
+    chances = {name: chance(name) for name in study.evaluate.protocols}
+    return Results(
+        study.name, folder, tuple(final), tuple(curve), runs, {k: v for k, v in chances.items() if v is not None}
+    )
 
 
-def _flatten(values: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def label(cell: matrix.Cell) -> str:
+    """What a report calls a cell's treatment: its name and what else the matrix varies, but for the training seed."""
+    others = {key: value for key, value in cell.labels.items() if key not in ("treatment", "seed")}
+    return ", ".join([cell.run.treatment, *(f"{key.split('.')[-1]}={value}" for key, value in others.items())])
+
+
+def chance(name: str) -> float | None:
+    """Recognition by chance under a protocol: one over the number of cards; None for a simulator without cards."""
+    each = protocol(name)
+    return 1 / each.sim_args.get("num_cards", 3) if each.sim == "grinningface" else None
 
 
 def read_jsonl(path: Path) -> list[dict[str, float]]:
@@ -187,5 +218,7 @@ def read_jsonl(path: Path) -> list[dict[str, float]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON", "one JSON object a line", f"mend {path}") from error
+                raise UserError(
+                    f"{path}, line {number} is not JSON", "one JSON object a line", f"mend {path}"
+                ) from error
     return rows

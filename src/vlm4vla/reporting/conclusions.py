@@ -1,0 +1,176 @@
+"""What a report may say. Every sentence is decided by an interval; none says more than it.
+
+"Apart" is said only where the 95 % interval of a difference excludes 0. Where it does not, the report says how large a
+difference could have been missed, not that there is none. Below ``stats.MIN_SEEDS`` training seeds, a statement is
+about these trained policies, not about the treatment.
+"""
+
+from vlm4vla.reporting.tables import Comparison, Results, comparisons, setting, split
+from vlm4vla.studies.stats import MIN_SEEDS, Rate
+
+UNSEEN = ("val", "hard")
+"""Splits whose emojis are in no demonstration."""
+WHAT = {
+    "recognition": "recognition (the cube went to the named card, among episodes in which it went to any)",
+    "execution": "execution (the cube was placed on any card)",
+    "success": "success",
+}
+
+
+def headline(results: Results) -> str:
+    """One sentence: the clearest thing that the intervals allow."""
+    name, metric = lead(results, results.settings[0])
+    pairs = comparisons(results, name, metric)
+    where = f"{metric} on {_split_words(name)}"
+    incomplete = f" ({_incomplete(results)}: preliminary)" if results.missing else ""
+    if not pairs:
+        measured = [(t, results.rate(t, name, metric)) for t in results.treatments]
+        known = [f"{t} {_rate(rate)}" for t, rate in measured if rate]
+        return (f"{_capital(where)}: {'; '.join(known)}" if known else f"No {where} measured yet") + incomplete
+    apart = [pair for pair in pairs if pair.apart]
+    if not apart:
+        return f"No two treatments can be told apart by {where}{incomplete}"
+    widest = max(apart, key=lambda pair: pair.difference.estimate)
+    rates = " against ".join(f"{rate.estimate:.0%}" for rate in widest.rates)
+    few = " as trained here" if {widest.first, widest.second} & set(_few_seeds(results, name)) else ""
+    return f"{_capital(where)}: {widest.first} lies above {widest.second}{few}, {rates}{incomplete}"
+
+
+def lead(results: Results, where: str) -> tuple[str, str]:
+    """The protocol and metric that a setting is judged by first: recognition of unseen emojis, where there is any."""
+    names = [name for name in results.protocol_names if setting(name) == where]
+    for wanted in UNSEEN:
+        for name in names:
+            if split(name) == wanted and any(results.rate(t, name, "recognition") for t in results.treatments):
+                return name, "recognition"
+    return names[0], "success"
+
+
+def paragraphs(results: Results) -> list[str]:
+    """The conclusions: a paragraph for each setting, then what limits all of them."""
+    return [*(_setting(results, where) for where in results.settings), limits(results)]
+
+
+def _setting(results: Results, where: str) -> str:
+    name, metric = lead(results, where)
+    sentences = _protocol(results, name, metric)
+    for other in results.protocol_names:
+        if setting(other) == where and (other, "success") != (name, metric):
+            sentences += _protocol(results, other, "success")
+    return f"On {where}: " + " ".join(sentences)
+
+
+def _protocol(results: Results, name: str, metric: str) -> list[str]:
+    """Rates, then chance, then every pair, for one protocol and metric."""
+    rates = {t: rate for t in results.treatments if (rate := results.rate(t, name, metric))}
+    where = f"{WHAT[metric]} on {_split_words(name)}"
+    if not rates:
+        return [f"{_capital(where)} was not measured."]
+    seeds = {row.treatment: row.seeds for row in results.rows if row.protocol == name}
+    parts = [f"{t} {_rate(rate)} from {_seeds(seeds[t])}" for t, rate in rates.items()]
+    sentences = [f"{_capital(where)}: {'; '.join(parts)}."]
+    if metric == "recognition":
+        sentences += _against_chance(rates, results.chance.get(name))
+        sentences += [
+            f"{t} moved the cube to a card in {rate.n} of {rate.n + rate.undefined} episodes; only these count here."
+            for t, rate in rates.items()
+            if rate.undefined
+        ]
+    return sentences + _pairs(comparisons(results, name, metric), _few_seeds(results, name))
+
+
+def _few_seeds(results: Results, name: str) -> list[str]:
+    """The treatments with fewer seeds than a statement about training needs."""
+    return [row.treatment for row in results.rows if row.protocol == name and row.seeds < MIN_SEEDS]
+
+
+def _against_chance(rates: dict[str, Rate], chance: float | None) -> list[str]:
+    if chance is None:
+        return []
+    groups = {
+        "above chance": [t for t, rate in rates.items() if rate.low > chance],
+        "below chance": [t for t, rate in rates.items() if rate.high < chance],
+        "not told from chance": [t for t, rate in rates.items() if rate.low <= chance <= rate.high],
+    }
+    said = [f"{_list(names)} {'is' if len(names) == 1 else 'are'} {what}" for what, names in groups.items() if names]
+    return [f"Chance is {chance:.0%}: {'; '.join(said)}."]
+
+
+def _pairs(pairs: list[Comparison], few: list[str]) -> list[str]:
+    apart = [pair for pair in pairs if pair.apart]
+    sentences = []
+    if apart:
+        said = [f"{pair.first} above {pair.second} by {_points(pair)}" for pair in apart]
+        scope = "Apart, as trained here" if any({p.first, p.second} & set(few) for p in apart) else "Apart"
+        sentences.append(f"{scope}: {'; '.join(said)}.")
+    for pair in pairs:
+        if not pair.apart:
+            missed = max(abs(pair.difference.low), abs(pair.difference.high))
+            sentences.append(
+                f"{pair.first} and {pair.second} are not told apart ({_points(pair)}): "
+                f"a difference of up to {100 * missed:.0f} points cannot be excluded."
+            )
+    return sentences
+
+
+def limits(results: Results) -> str:
+    """What cannot be concluded, and why."""
+    sentences = []
+    seeds = [row.seeds for row in results.rows]
+    if seeds and min(seeds) < MIN_SEEDS:
+        fewest = min(seeds)
+        sentences.append(
+            f"With {_seeds(fewest)} for some rows, nothing can be concluded about training again with another seed: "
+            f"their intervals cover the choice of episodes only (at least {MIN_SEEDS} seeds are needed)."
+        )
+    else:
+        sentences.append(
+            "Intervals cover the choice of episodes and of training seeds; with few seeds still too narrowly."
+        )
+    num_pairs = sum(len(comparisons(results, *lead(results, where))) for where in results.settings)
+    if num_pairs > 1:
+        sentences.append("Each interval is a 95 % one by itself, not adjusted for the number of comparisons.")
+    if results.missing:
+        sentences.append(
+            f"{_capital(_incomplete(results))} (listed below); rates are of what is there, nothing is filled in."
+        )
+    if results.faults:
+        episodes = "episode" if results.faults == 1 else "episodes"
+        sentences.append(
+            f"{results.faults} {episodes} ended in an infrastructure fault and count as neither success nor failure."
+        )
+    sentences.append("What holds for these backbones in this simulator need not hold for others.")
+    return " ".join(sentences)
+
+
+def _incomplete(results: Results) -> str:
+    absent = sum(cell.finished == 0 for cell in results.missing)
+    partial = len(results.missing) - absent
+    said = [f"{number} {word}" for number, word in ((absent, "missing"), (partial, "unfinished")) if number]
+    return f"{' and '.join(said)} of {len(results.cells)} cells"
+
+
+def _split_words(name: str) -> str:
+    words = {"val": "unseen emojis (val)", "hard": "unseen look-alike emojis (hard)", "train": "trained emojis (train)"}
+    return words.get(split(name), split(name) or name)
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.estimate:.0%} [{rate.low:.0%}, {rate.high:.0%}] (n = {rate.n})"
+
+
+def _points(pair: Comparison) -> str:
+    gap = pair.difference
+    return f"{100 * gap.estimate:.0f} points [{100 * gap.low:.0f}, {100 * gap.high:.0f}]"
+
+
+def _seeds(number: int) -> str:
+    return f"{number} training seed{'' if number == 1 else 's'}"
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
