@@ -1,0 +1,274 @@
+"""Records a simulator's scripted expert into a LeRobotDataset v3.0 folder: parallel, resumable, the same to the bit.
+
+Attempt ``i`` of a recording has seed ``DEMO_SEED + data.seed * 1_000_000 + i`` and depends on nothing else. The data
+set is the shortest run of attempts 0, 1, 2, ... with ``data.episodes`` successes, failures left out; so neither the
+number of processes nor interruptions change a byte. Each finished attempt is a file of ``<folder>.partial/episodes``.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from vlm4vla import __version__
+from vlm4vla.convention import Convention
+from vlm4vla.data.lerobot import IMAGE, OWN_KEY, STATE, Dataset, vectors
+from vlm4vla.data.write import Episode, replacing, write
+from vlm4vla.errors import UserError
+from vlm4vla.evaluation import protocols
+from vlm4vla.evaluation.protocols import DEMO_SEED, Protocol
+from vlm4vla.sims import make
+from vlm4vla.sims.base import Sim
+from vlm4vla.sims.worker import exit_with_parent
+from vlm4vla.spec import DataSpec
+
+SEEDS_PER_RECORDING = 1_000_000
+DISTURBED = 0.4
+"""Share of steps whose executed action is disturbed, so that demonstrations show how to come back (a form of DART,
+arXiv 1703.09327). The recorded label stays the expert's."""
+DISTURBANCE = np.array([1.0, 1.0, 0.6])
+"""Standard deviation of the disturbance in x, y, z, in units of ``data.noise``: less in height, above a table."""
+NOISE_STREAM = 1
+"""Separates the disturbance's random numbers from those with which the simulator lays out the episode."""
+MIN_FAILURES = 20
+"""A recording stops when more attempts than this, and than ``data.episodes``, have failed."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a recording came to."""
+
+    folder: Path
+    episodes: int
+    frames: int
+    failed_seeds: tuple[int, ...]
+    """Attempts in which the expert did not succeed; they are not in the data set."""
+
+    def __str__(self) -> str:
+        failed = len(self.failed_seeds)
+        attempts = f"the expert failed {failed} of {self.episodes + failed} attempts"
+        return f"{self.folder}: {self.episodes} episodes, {self.frames} frames; {attempts}"
+
+
+def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summary:
+    """Record ``data`` into ``folder`` with ``workers`` processes, one simulator each; finishes what an interrupted
+    recording began, and does nothing where the same recording is complete.
+
+    Raises:
+        UserError: ``folder`` holds something else or is being recorded by another process, the simulator has no
+            expert, the expert fails more often than it succeeds, or a recording process died.
+    """
+    if data.protocol is None:
+        raise UserError("data without a protocol", "the protocol whose expert to record", "set data.protocol")
+    proto = protocols.protocol(data.protocol)
+    values = data.model_dump(include={"episodes", "seed", "image_size", "noise"})
+    identity = json.loads(json.dumps({"protocol": proto.to_dict(), "data": values, "version": __version__}))
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists() and not partial.exists():
+        return _summary(folder, identity)
+    with _locked(partial):
+        if not folder.exists():
+            _check_identity(partial / "recording.json", identity)
+            shards = partial / "episodes"
+            shards.mkdir(exist_ok=True)
+            done = _attempt(proto, data, shards, workers, progress)
+            succeeded = [attempt for attempt in sorted(done) if done[attempt]]
+            failed = [_seed(data, attempt) for attempt in sorted(done) if not done[attempt]]
+            convention = _load(_shard(shards, succeeded[0], True))[1]
+            episodes = (_load(_shard(shards, attempt, True))[0] for attempt in succeeded)
+            provenance = {"recording": identity, "failed_seeds": failed}
+            write(folder, episodes, convention, provenance, staging=partial / "dataset")
+        summary = _summary(folder, identity)
+        shutil.rmtree(partial)
+    return summary
+
+
+def record_episode(sim: Sim, seed: int, noise: float, max_steps: int) -> Episode | None:
+    """One demonstration, or None where the expert did not succeed within ``max_steps``.
+
+    Each frame is what the policy would see, with the expert's action from that very state; what is executed is
+    sometimes disturbed.
+    """
+    rng = np.random.default_rng([seed, NOISE_STREAM])
+    sim.reset(seed)
+    observations, actions = [], []
+    for _ in range(max_steps):
+        observations.append(sim.observe())
+        action = sim.expert()
+        actions.append(action)
+        executed = action.copy()
+        if rng.random() < DISTURBED:
+            executed[:3] += rng.normal(size=3) * noise * DISTURBANCE
+        outcome = sim.execute(executed[None])
+        if outcome.done:
+            break
+    else:
+        return None
+    if not outcome.success:
+        return None
+    first = observations[0]
+    images = {camera: np.stack([o.images[camera] for o in observations]) for camera in first.images}
+    states = None if first.state is None else np.stack([o.state for o in observations])
+    return Episode.encode(images, np.stack(actions), states, first.instruction)
+
+
+def _attempt(proto: Protocol, data: DataSpec, shards: Path, workers: int, progress: bool) -> dict[int, bool]:
+    """Run the missing attempts; returns the success of attempts 0, 1, 2, ... until ``data.episodes`` have succeeded.
+
+    An attempt is started only while those before it cannot suffice, even if all running ones succeed. So none is
+    wasted, and which ones are made does not depend on which finish first.
+    """
+    done = {int(path.stem): path.suffix == ".parquet" for path in shards.glob("[0-9]*.*")}
+    attempt, pending = 0, set[Future]()
+    bar = tqdm(total=data.episodes, initial=sum(done.values()), unit="episode", disable=not progress, desc="recording")
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (os.getpid(),))
+    try:
+        while sum(done.values()) < data.episodes:
+            while len(pending) < 2 * workers and sum(done.values()) + len(pending) < data.episodes:
+                if attempt not in done:
+                    pending.add(pool.submit(_run, proto, data, attempt, shards))
+                attempt += 1
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number, success = future.result()
+                done[number] = success
+                bar.update(success)
+            failures = len(done) - sum(done.values())
+            bar.set_postfix(failed=failures)
+            if failures > max(MIN_FAILURES, data.episodes):
+                raise UserError(
+                    f"the expert failed {failures} of {len(done)} attempts at {proto.name}",
+                    "an expert that succeeds more often than not",
+                    "lower data.noise",
+                )
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a recording process died after {sum(done.values())} of {data.episodes} episodes",
+            "processes that live (is memory short?)",
+            "run the same command again, perhaps with fewer workers; finished episodes are kept",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    assert sorted(done) == list(range(len(done)))
+    return done
+
+
+_sim: Sim | None = None
+"""This recording process's simulator."""
+
+
+def _start_process(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
+    exit_with_parent(parent)
+
+
+def _run(proto: Protocol, data: DataSpec, attempt: int, shards: Path) -> tuple[int, bool]:
+    """Make one attempt and store it (in a recording process)."""
+    global _sim
+    if _sim is None:
+        _sim = make(proto.sim, image_size=data.image_size, **proto.sim_args)
+    try:
+        episode = record_episode(_sim, _seed(data, attempt), data.noise, proto.max_steps)
+    except NotImplementedError as error:
+        raise UserError(f"{proto.sim} without a scripted expert", "one", "choose another protocol") from error
+    with replacing(_shard(shards, attempt, episode is not None)) as path:
+        if episode is None:
+            path.touch()
+        else:
+            _save(path, episode, _sim.convention)
+    return attempt, episode is not None
+
+
+def _seed(data: DataSpec, attempt: int) -> int:
+    if attempt >= SEEDS_PER_RECORDING:
+        raise UserError(f"attempt {attempt}", f"at most {SEEDS_PER_RECORDING} a recording", "lower data.episodes")
+    return DEMO_SEED + data.seed * SEEDS_PER_RECORDING + attempt
+
+
+def _shard(shards: Path, attempt: int, success: bool) -> Path:
+    return shards / f"{attempt:06d}.{'parquet' if success else 'failed'}"
+
+
+def _save(path: Path, episode: Episode, convention: Convention) -> None:
+    rest = {
+        "pixels": {camera: counts.tolist() for camera, counts in episode.pixels.items()},
+        "size": episode.size,
+        "task": episode.task,
+        "convention": convention.to_dict(),
+    }
+    table = episode.table().replace_schema_metadata({OWN_KEY: json.dumps(rest)})
+    pq.write_table(table, path, use_dictionary=False)
+
+
+def _load(path: Path) -> tuple[Episode, Convention]:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: damaged ({error})", "a recorded episode", f"rm {path}; run the command again"
+        ) from error
+    rest = json.loads(table.schema.metadata[OWN_KEY.encode()])
+    images = {camera: table[IMAGE + camera].combine_chunks().field("bytes").to_pylist() for camera in rest["pixels"]}
+    pixels = {camera: np.array(counts) for camera, counts in rest["pixels"].items()}
+    states = vectors(table, STATE) if STATE in table.column_names else None
+    episode = Episode(images, pixels, tuple(rest["size"]), vectors(table, "action"), states, rest["task"])
+    return episode, Convention.from_dict(rest["convention"])
+
+
+def _check_identity(path: Path, identity: dict) -> None:
+    """The unfinished recording is this one; a new one says which it is."""
+    if not path.exists():
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(identity, indent=4))
+    elif json.loads(path.read_text()) != identity:
+        raise UserError(
+            f"{path.parent}, the beginning of another recording (see {path.name})",
+            "the same protocol, data settings and version",
+            f"name another folder, or: rm -r {path.parent}",
+        )
+
+
+def _summary(folder: Path, identity: dict) -> Summary:
+    dataset = Dataset.open(folder)
+    provenance = dataset.info.get(OWN_KEY, {}).get("provenance", {})
+    if provenance.get("recording") != identity:
+        raise UserError(
+            f"{folder}, another data set (see: vlm4vla data inspect {folder})",
+            "no folder, or the same recording",
+            f"name another folder, or: rm -r {folder}",
+        )
+    return Summary(folder, dataset.num_episodes, dataset.num_frames, tuple(provenance["failed_seeds"]))
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold ``<partial>/lock``. The kernel lets go of it when this process ends, however it ends: no stale locks."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(
+                f"{partial}, in use by the recording process {lock.read() or 'unknown'}",
+                "one recording into a folder at a time",
+                "wait for it, or end it and run the command again",
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
