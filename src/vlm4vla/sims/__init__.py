@@ -1,0 +1,31 @@
+"""Simulators by name. Outsiders name theirs as ``module:Class``."""
+
+import importlib
+from typing import Any
+
+from vlm4vla.errors import UserError, nearest
+from vlm4vla.sims.base import Sim
+
+SIMS = {"grinningface": "vlm4vla.sims.grinningface.env:GrinningFace"}
+"""Name -> ``module:Class``; imported on use, so that a simulator's packages are needed by its users only."""
+
+
+def make(name: str, **kwargs: Any) -> Sim:
+    """Build a simulator. Raises ``UserError`` on an unknown name or where its packages are missing."""
+    target = SIMS.get(name, name)
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise UserError(
+            f"the simulator {name!r}",
+            f"one of {', '.join(SIMS)}, or module:Class",
+            f"nearest: {nearest(name, [*SIMS])}",
+        )
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the simulator {name!r} does not import: {error}",
+            f"{target} and its packages",
+            f'pip install "vlm4vla[{name}]"' if name in SIMS else f"check that {module} is on PYTHONPATH",
+        ) from error
+    return cls(**kwargs)

@@ -1,0 +1,103 @@
+"""Off-screen pictures of a MuJoCo model: choice of the OpenGL backend, one camera, textures that change.
+
+The backend is ``MUJOCO_GL`` where that is set (``osmesa``, ``egl``, ``glfw``). Otherwise, on Linux, EGL where a GPU
+device is present and osmesa (software) elsewhere. Pixels are the same to the
+bit for one backend on one machine, not across backends.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (MuJoCo's names come from compiled modules without type stubs.)
+
+import glob
+import importlib
+import os
+import platform
+import weakref
+
+import mujoco
+import numpy as np
+
+from vlm4vla.errors import UserError
+
+BACKENDS = {
+    "osmesa": "apt-get install libosmesa6",
+    "egl": "apt-get install libegl1 libgl1-mesa-dri",
+    "glfw": "apt-get install libglfw3, and start a display",
+}
+"""OpenGL backend -> what brings its system library on Debian."""
+
+
+def choose_backend() -> str:
+    """The name of the OpenGL backend; nothing is loaded. Raises ``UserError`` on an unknown ``MUJOCO_GL``."""
+    asked = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if asked in BACKENDS:
+        return asked
+    if asked:
+        raise UserError(
+            f"MUJOCO_GL={asked}", f"one of {', '.join(BACKENDS)}, or nothing", "unset MUJOCO_GL, or name one of them"
+        )
+    if platform.system() != "Linux":
+        return "glfw"
+    return "egl" if glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/dri/renderD*") else "osmesa"
+
+
+def gl_context(width: int, height: int):
+    """A MuJoCo GL context of the chosen backend. Raises ``UserError`` naming the package where it does not load."""
+    backend = choose_backend()
+    # llvmpipe (software) otherwise starts one thread per core in each simulator process.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    try:
+        context = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
+        context.make_current()
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"the OpenGL backend {backend!r} does not load ({type(error).__name__}: {error})",
+            "osmesa (software) or EGL (GPU) for off-screen rendering",
+            f"{BACKENDS[backend]}; or choose another backend with MUJOCO_GL={'|'.join(BACKENDS)}",
+        ) from error
+    return context
+
+
+class Renderer:
+    """One camera's picture of a model, (size, size) pixels. Several may live in one process."""
+
+    def __init__(self, model: mujoco.MjModel, size: int, camera: str):
+        """Raises ``UserError`` where no OpenGL backend loads."""
+        self._model, self._rect = model, mujoco.MjrRect(0, 0, size, size)
+        self._scene = mujoco.MjvScene(model, maxgeom=200)
+        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = model.camera(camera).id
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        self._gl = gl_context(size, size)
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._pixels = np.empty((size, size, 3), np.uint8)
+        # Freed before the interpreter takes PyOpenGL apart; MuJoCo's own clean-up prints errors at exit otherwise.
+        self._free = weakref.finalize(self, _free, self._gl, self._context)
+
+    def upload(self, texture: int) -> None:
+        """Hand a texture whose ``tex_data`` changed to OpenGL."""
+        self._gl.make_current()
+        mujoco.mjr_uploadTexture(self._model, self._context, texture)
+
+    def render(self, data: mujoco.MjData) -> np.ndarray:
+        """uint8 (size, size, 3), upright."""
+        self._gl.make_current()
+        mujoco.mjv_updateScene(
+            self._model, data, self._option, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        mujoco.mjr_render(self._rect, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._rect, self._context)
+        return self._pixels[::-1].copy()  # OpenGL's first row is the bottom one
+
+    def close(self) -> None:
+        self._free()
+
+
+def _free(gl, context: mujoco.MjrContext) -> None:
+    gl.make_current()
+    context.free()
+    gl.free()
