@@ -100,6 +100,8 @@ class EvalSpec(Strict):
 
     protocols: tuple[str, ...] = ("grinningface/place/train/v1", "grinningface/place/val/v1")
     episodes: int = Field(default=100, ge=1)
+    curve_episodes: int = Field(default=0, ge=0)
+    """Episodes of each kept policy before the last (``training.checkpoints``): success over training. 0: none."""
 
 
 class Runtime(Strict):

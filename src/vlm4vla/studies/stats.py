@@ -80,6 +80,11 @@ def outcome(result: EpisodeResult, metric: str) -> bool | None:
     return result.success if metric == "success" else result.credits[metric]
 
 
+def rate(values: Sequence[bool | None]) -> Rate:
+    """The rate of True with Wilson's interval; None is left out and counted as undefined."""
+    return _rate(sum(v is True for v in values), sum(v is not None for v in values), 0, len(values), "Wilson")
+
+
 def summarise(results: Sequence[EpisodeResult], metric: str = "success") -> Rate:
     """The rate of ``metric`` over episodes with Wilson's interval."""
     values = [outcome(result, metric) for result in results]
@@ -135,10 +140,10 @@ def pooled(by_seed: Sequence[Sequence[EpisodeResult]], metric: str = "success", 
 
     Seeds and initial states are resampled independently (the pigeonhole bootstrap, Owen 2007, Ann. Appl. Stat. 1:386),
     since an easy state is easy for every seed; the percentile interval is widened to Wilson's of the pooled episodes
-    where it is narrower (all seeds at 100 % would get no width at all). Simulated coverage at 100 episodes and a true rate
-    of 50 %: 0.91 with 3 seeds and 0.95 with 5 (Wilson's alone: 0.61 and 0.60) where the seeds' own rates spread by
-    10 points (standard deviation), but 0.77 and 0.87 where by 26 (``tests/test_stats.py`` repeats a part of it). Below ``MIN_SEEDS`` seeds it is Wilson's alone, which knows no spread
-    over seeds, and ``method`` says so.
+    where it is narrower (all seeds at 100 % would get no width at all). Simulated coverage at 100 episodes and a true
+    rate of 50 %: 0.91 with 3 seeds and 0.95 with 5 (Wilson's alone: 0.61 and 0.60) where the seeds' own rates spread
+    by 10 points (standard deviation), but 0.77 and 0.87 where by 26 (``tests/test_stats.py`` repeats a part of it).
+    Below ``MIN_SEEDS`` seeds it is Wilson's alone, which knows no spread over seeds, and ``method`` says so.
 
     Args:
         by_seed: the episodes of each training seed.

@@ -164,6 +164,13 @@ class Store:
             "GROUP BY run_id, protocol ORDER BY run_id, protocol"
         ).fetchall()
 
+    def finished(self, run_id: str, protocol: str, episodes: int) -> int:
+        """How many of the episodes 0 .. ``episodes`` - 1 are finished."""
+        return self._db.execute(
+            "SELECT count(success) FROM episodes WHERE run_id = ? AND protocol = ? AND episode < ?",
+            (run_id, protocol, episodes),
+        ).fetchone()[0]
+
     # ---------------------------------------------------------------------------------------------------------- runs
 
     def set_run(self, run_id: str, **changes: Any) -> None:

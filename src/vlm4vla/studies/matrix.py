@@ -1,0 +1,233 @@
+"""A study: a YAML file that spans a matrix of runs.
+
+    name: place
+    base:                         # keys of RunSpec, nested or dotted
+      training: {steps: 1000}
+    matrix:                       # dotted keys of RunSpec; every combination is a cell, the last key varies fastest
+      treatment: [full, freeze_vision, scratch]
+      seed: [0, 1, 2]
+    overrides:                    # in order, for cells in which every key of `when` has that value
+      - when: {treatment: scratch}
+        set: {training.learning_rate: 3e-3}
+    evaluate:                     # EvalSpec: the same for all cells
+      protocols: [grinningface/place/val/v1]
+      episodes: 100
+
+Cells with the same run id are one cell. How it is executed (``Runtime``) is no part of a study.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from vlm4vla.errors import UserError, nearest
+from vlm4vla.evaluation import protocols
+from vlm4vla.spec import EvalSpec, RunSpec, Strict, load_yaml, parse
+from vlm4vla.studies.store import Status, Store
+
+RESULTS = "results.sqlite"
+"""The store in a study's folder."""
+
+
+class Override(Strict):
+    """``set`` applies to cells in which every key of ``when`` has that value. Keys are dotted keys of ``RunSpec``."""
+
+    when: dict[str, Any]
+    set: dict[str, Any]
+
+
+class Study(Strict):
+    """What a study's YAML file holds."""
+
+    name: str = Field(min_length=1)
+    base: dict[str, Any] = Field(default_factory=dict)
+    matrix: dict[str, list[Any]] = Field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+    evaluate: EvalSpec = EvalSpec()
+
+    def cells(self) -> list["Cell"]:
+        """The matrix's runs in its order, each once.
+
+        Raises:
+            UserError: unknown keys, values that a run cannot have, or an empty list.
+        """
+        known = list(_leaves(RunSpec))
+        keys = [*_flatten(self.base, known), *self.matrix]
+        keys += [key for override in self.overrides for key in (*override.when, *override.set)]
+        unknown = [f"{key} (nearest: {nearest(key, known)})" for key in keys if key not in known]
+        if unknown:
+            raise UserError(
+                f"study {self.name}: unknown keys {', '.join(unknown)}", "keys of RunSpec in spec.py", "mend the study"
+            )
+        empty = [key for key, values in self.matrix.items() if not values]
+        if empty:
+            raise UserError(f"study {self.name}: no value for {', '.join(empty)}", "a list", "mend the study")
+        cells: dict[str, Cell] = {}
+        for values in product(*self.matrix.values()):
+            labels = dict(zip(self.matrix, values, strict=True))
+            flat = {**_flatten(self.base, known), **labels}
+            run = self._run(flat)
+            for override in self.overrides:
+                if all(_value(run, key) == value for key, value in override.when.items()):
+                    flat |= override.set
+                    run = self._run(flat)
+            if run.data.protocol is None and run.data.folder is None:
+                raise UserError(
+                    f"study {self.name}: a run without demonstrations", "data.protocol or data.folder", "mend the study"
+                )
+            cells.setdefault(run.run_id, Cell(run, self.evaluate, labels))
+        return list(cells.values())
+
+    def _run(self, flat: dict[str, Any]) -> RunSpec:
+        return parse(RunSpec, _nest(flat), f"study {self.name}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study and how it is evaluated."""
+
+    run: RunSpec
+    evaluate: EvalSpec
+    labels: dict[str, Any]
+    """The matrix's keys and this cell's values."""
+
+    @property
+    def run_id(self) -> str:
+        return self.run.run_id
+
+    def wanted(self) -> Iterator[tuple[str, str, int]]:
+        """``(run id, protocol, episodes)`` of every evaluation, the final policy's first, then the curve's by step."""
+        for protocol in self.evaluate.protocols:
+            yield self.run_id, protocol, self.evaluate.episodes
+        if self.evaluate.curve_episodes:
+            for step in curve_steps(self.run):
+                for protocol in self.evaluate.protocols:
+                    yield curve_id(self.run_id, step), protocol, self.evaluate.curve_episodes
+
+
+def curve_steps(run: RunSpec) -> list[int]:
+    """Training steps after which a policy is kept, without the last, whose policy is the result."""
+    number = run.training.checkpoints
+    steps = {round(run.training.steps * i / number) for i in range(1, number)}
+    return sorted(steps - {0, run.training.steps})
+
+
+def curve_id(run_id: str, step: int) -> str:
+    """Under which an intermediate policy's episodes are stored: ``<run_id>@step-000500``."""
+    return f"{run_id}@step-{step:06d}"
+
+
+def load(path: Path | str) -> Study:
+    """Read a study and check all of it: keys, values, protocols.
+
+    Raises:
+        UserError: naming what is wrong and the nearest names.
+    """
+    study = parse(Study, load_yaml(path), str(path))
+    study.cells()
+    for name in study.evaluate.protocols:
+        protocols.protocol(name)
+    return study
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """How far a cell is."""
+
+    cell: Cell
+    status: Literal["todo", "partial", "done"]
+    run: Status
+    """Of the run's row in the store."""
+    missing: dict[str, int]
+    """Episodes still to do by protocol, those of intermediate policies included; faults count as missing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's cells and what each still needs; prints as a table."""
+
+    name: str
+    rows: list[PlanRow]
+
+    def __str__(self) -> str:
+        table = [("cell", "status", "run", "episodes missing")]
+        for row in self.rows:
+            labels = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row.cell.labels.items())
+            missing = ", ".join(f"{number} {protocol}" for protocol, number in row.missing.items() if number)
+            table.append((f"{row.cell.run_id}  {labels}".strip(), row.status, row.run, missing or "-"))
+        widths = [max(len(line[i]) for line in table) for i in range(3)]
+        lines = ["  ".join([*map(str.ljust, line[:3], widths), line[3]]) for line in table]
+        done = sum(row.status == "done" for row in self.rows)
+        return "\n".join([*lines, f"{self.name}: {done} of {len(self.rows)} cells done"])
+
+
+def plan(study: Study, folder: Path | None = None) -> Plan:
+    """What is done and what is missing in ``folder`` (nothing is, without one). Creates nothing."""
+    if folder is None or not (folder / RESULTS).is_file():
+        return Plan(study.name, [_plan_row(cell, None) for cell in study.cells()])
+    with Store(folder / RESULTS) as store:
+        return Plan(study.name, [_plan_row(cell, store) for cell in study.cells()])
+
+
+def _plan_row(cell: Cell, store: Store | None) -> PlanRow:
+    missing: dict[str, int] = {}
+    begun = False
+    for run_id, protocol, episodes in cell.wanted():
+        finished = store.finished(run_id, protocol, episodes) if store else 0
+        missing[protocol] = missing.get(protocol, 0) + episodes - finished
+        begun = begun or finished > 0
+    row = store.runs().get(cell.run_id) if store else None
+    run: Status = row.status if row else "planned"
+    if not any(missing.values()):
+        return PlanRow(cell, "done", run, missing)
+    return PlanRow(cell, "partial" if begun or run in ("training", "trained") else "todo", run, missing)
+
+
+# ---------------------------------------------------------------------------------------------------------- dotted keys
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """``treatment``, ``training.steps``, ...: everything of a spec that can be set."""
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _leaves(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _flatten(values: dict[str, Any], known: list[str], prefix: str = "") -> dict[str, Any]:
+    """Nested or dotted keys -> dotted ones; a mapping at a known key is that key's value."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known:
+            flat |= _flatten(value, known, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def _value(run: RunSpec, key: str) -> Any:
+    value: Any = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
