@@ -140,7 +140,7 @@ def test_a_failing_recording_fails_its_cells_only(folder, monkeypatch):
 
     monkeypatch.setattr(sys.modules["vlm4vla.data.record"], "record", record)
     small = study(**{"data.seed": [0, 1]})
-    with pytest.raises(UserError, match="2 of 4 cells(?s:.*)recording failed: found: an expert that fails"):
+    with pytest.raises(UserError, match=r"2 of 4 cells(?s:.*)recording failed: found: an expert that fails"):
         run(small, folder, QUIET)
     assert sorted(row.status for row in plan(small, folder).rows) == ["done", "done", "todo", "todo"]
 
@@ -173,19 +173,17 @@ def test_killed_anywhere_it_goes_on(folder, tmp_path, monkeypatch, jobs):
     monkeypatch.setenv("FAKE_LATENCY", "0")
     run(small, folder, QUIET, jobs)
     assert rows(folder) == rows(reference)
-    assert max(calls(folder).values()) <= 2, "no stage was repeated after it had finished"
-    assert calls(folder)["record"] == 1
+    did = calls(folder)
+    del did["load policy"]
+    assert set(did.values()) == {1}, "what had finished is not repeated"
 
 
 def test_one_runner_at_a_time(folder, monkeypatch):
     monkeypatch.setattr("vlm4vla.studies.runner.ORPHAN_S", 0.2)
     folder.mkdir()
+    code = "import fcntl, sys\nf = open(sys.argv[1], 'a')\nfcntl.flock(f, fcntl.LOCK_EX)\nprint(1)\ninput()"
     holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import fcntl\nf = open({str(folder / 'lock')!r}, 'a')\nfcntl.flock(f, 2)\nprint(1)\ninput()",
-        ],
+        [sys.executable, "-c", code, str(folder / "lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
