@@ -40,11 +40,11 @@ def _grinningface() -> list[Protocol]:
     """``grinningface/{level}[-{variant}]/{split}/{version}``.
 
     Splits: ``train`` (emojis of the demonstrations, new layouts), ``val`` (emojis never demonstrated), ``hard`` (emojis
-    in look-alike groups, never demonstrated) and, as ``v1`` only, ``id`` (the very episodes of a recording with seed 0).
+    in look-alike groups, never demonstrated) and, as ``v1`` only, ``id`` (the episodes of a recording with seed 0).
     """
     rule = (
-        "the cube rests (not grasped, robot joints slower than 0.2 rad/s) with its centre within 0.07 x sqrt 2 = 0.099 m of "
-        "the target card's centre, that card being the nearest; resting so on any card ends the episode"
+        "the cube rests (not grasped, robot joints below 0.2 rad/s) with its centre within 0.07 x sqrt 2 (0.099) m "
+        "of the target card's centre, that card being the nearest; resting so on any card ends the episode"
     )
     variants = ("base", "cards5", "lookalike", "layout", "colours", "paraphrase")
     rows = []
@@ -82,6 +82,8 @@ def protocol(name: str) -> Protocol:
     known = _protocols()
     if name not in known:
         raise UserError(
-            f"no protocol {name!r}", "a name listed by: vlm4vla sims list", f"nearest: {nearest(name, list(known))}"
+            f"no protocol {name!r}",
+            "a name listed by: vlm4vla sims protocols",
+            f"nearest: {nearest(name, list(known))}",
         )
     return known[name]

@@ -77,7 +77,7 @@ def font() -> ImageFont.FreeTypeFont:
 
 def glyph(codepoint: int) -> Image.Image | None:
     """The emoji as an RGBA picture cropped to its ink, or None where the font has no such glyph."""
-    size = font().size
+    size = round(font().size)
     image = Image.new("RGBA", (size * 2, size * 2), (0, 0, 0, 0))
     ImageDraw.Draw(image).text((0, 0), chr(codepoint), font=font(), embedded_color=True)
     box = image.getbbox()

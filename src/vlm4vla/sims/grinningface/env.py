@@ -61,7 +61,12 @@ class GrinningFace:
     convention = CONVENTION
 
     def __init__(
-        self, level: str, split: str, variant: str = "base", image_size: int = 96, max_steps: int = 50
+        self,
+        level: str = "place",
+        split: str = "train",
+        variant: str = "base",
+        image_size: int = 96,
+        max_steps: int = 50,
     ) -> None:
         """``level``: place or pick_place; ``split``: train, val or hard; ``variant``: see ``episode.VARIANTS``.
 

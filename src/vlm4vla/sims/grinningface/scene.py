@@ -30,6 +30,8 @@ from vlm4vla.sims.grinningface.render import Renderer
 NUM_ARM = len(ARM_JOINTS)
 AWAY = np.array([0.0, 0.0, -1.0])
 """Where unused cards and an absent cube are kept: below the table."""
+_SOLID = np.ones(6, np.uint8)
+"""Geom groups that a line of sight can hit: all."""
 
 
 class Scene:
@@ -119,6 +121,20 @@ class Scene:
         uv = self.pixel(points)
         centres = self.pixel(np.pad(self.card_positions, ((0, 0), (0, 1))))
         return np.concatenate([centres, uv.max(1) - uv.min(1)], axis=1)
+
+    def sees(self, points: np.ndarray) -> np.ndarray:
+        """Points on the table (..., 3) -> bool (...): in the picture, and neither arm nor cube is in front."""
+        flat = np.asarray(points, float).reshape(-1, 3)
+        eye = self.data.cam_xpos[0].copy()
+        uv = self.pixel(flat)
+        seen = ((uv >= 0) & (uv <= 1)).all(axis=1)
+        hit = np.zeros(1, np.int32)
+        for i in np.flatnonzero(seen):
+            ray = flat[i] - eye
+            distance = mujoco.mj_ray(self.model, self.data, eye, ray, _SOLID, True, -1, hit)
+            # The direction is not normalised, so the table itself is met at about 1.
+            seen[i] = distance < 0 or distance > 0.98
+        return seen.reshape(points.shape[:-1])
 
     def render(self) -> np.ndarray:
         """uint8 (image_size, image_size, 3), upright."""
