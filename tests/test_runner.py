@@ -14,6 +14,7 @@ import fake_stages
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation import protocols
 from vlm4vla.spec import Runtime
+from vlm4vla.studies import runner
 from vlm4vla.studies.matrix import Study, curve_id, plan
 from vlm4vla.studies.runner import run, run_folder
 from vlm4vla.studies.store import Store
@@ -33,6 +34,7 @@ def _fakes(monkeypatch, tmp_path):
     (site / "sitecustomize.py").write_text("import fake_stages\nfake_stages.install()\n")
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path(__file__).parent}")
     assert protocols.protocol is fake_stages.protocol
+    monkeypatch.setattr(runner, "POLL_S", 0.05)
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ run(load(sys.argv[1]), Path(sys.argv[2]), Runtime(progress=False, workers=1), jo
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_anywhere_it_goes_on(folder, tmp_path, monkeypatch, jobs):
-    small = study(episodes=8)
+    small = study(episodes=6)
     reference = tmp_path / "reference"
     run(small, reference, QUIET)
     monkeypatch.setenv("FAKE_LATENCY", "0.05")
@@ -179,7 +181,7 @@ def test_killed_anywhere_it_goes_on(folder, tmp_path, monkeypatch, jobs):
 
 
 def test_one_runner_at_a_time(folder, monkeypatch):
-    monkeypatch.setattr("vlm4vla.studies.runner.ORPHAN_S", 0.2)
+    monkeypatch.setattr(runner, "ORPHAN_S", 0.2)
     folder.mkdir()
     code = "import fcntl, sys\nf = open(sys.argv[1], 'a')\nfcntl.flock(f, fcntl.LOCK_EX)\nprint(1)\ninput()"
     holder = subprocess.Popen(

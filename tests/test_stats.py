@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 from vlm4vla.evaluation.interval import wilson
+from vlm4vla.studies import stats
 from vlm4vla.studies.stats import difference, paired, pooled, summarise
 from vlm4vla.types import EpisodeResult
 
@@ -121,8 +122,9 @@ def test_pooling_leaves_faults_out():
 
 
 @pytest.mark.parametrize(("num_seeds", "floor"), [(3, 0.85), (6, 0.90)])
-def test_pooling_covers(num_seeds, floor):
+def test_pooling_covers(monkeypatch, num_seeds, floor):
     """Seeds and initial states both random: success where seed skill + state ease + luck exceed 0."""
+    monkeypatch.setattr(stats, "REPLICATES", 500)
     rng = np.random.default_rng(1)
     truth, hits, plain = 0.5, 0, 0
     trials = 150
