@@ -47,17 +47,14 @@ def lead(results: Results, where: str) -> tuple[str, str]:
 
 
 def paragraphs(results: Results) -> list[str]:
-    """The conclusions: a paragraph for each setting, then what limits all of them."""
-    return [*(_setting(results, where) for where in results.settings), limits(results)]
-
-
-def _setting(results: Results, where: str) -> str:
-    name, metric = lead(results, where)
-    sentences = _protocol(results, name, metric)
-    for other in results.protocol_names:
-        if setting(other) == where and (other, "success") != (name, metric):
-            sentences += _protocol(results, other, "success")
-    return f"On {where}: " + " ".join(sentences)
+    """The conclusions: for each setting its leading protocol and metric, then success everywhere; then the limits."""
+    said = []
+    for where in results.settings:
+        first = lead(results, where)
+        names = [name for name in results.protocol_names if setting(name) == where]
+        rest = [(name, "success") for name in names if (name, "success") != first]
+        said += [" ".join([f"{where}.", *_protocol(results, *which)]) for which in (first, *rest)]
+    return [*said, limits(results)]
 
 
 def _protocol(results: Results, name: str, metric: str) -> list[str]:
@@ -71,11 +68,9 @@ def _protocol(results: Results, name: str, metric: str) -> list[str]:
     sentences = [f"{_capital(where)}: {'; '.join(parts)}."]
     if metric == "recognition":
         sentences += _against_chance(rates, results.chance.get(name))
-        sentences += [
-            f"{t} moved the cube to a card in {rate.n} of {rate.n + rate.undefined} episodes; only these count here."
-            for t, rate in rates.items()
-            if rate.undefined
-        ]
+        counted = [f"{rate.n} of {rate.n + rate.undefined} ({t})" for t, rate in rates.items() if rate.undefined]
+        if counted:
+            sentences.append(f"The cube went to a card in {_list(counted)} episodes; only these count here.")
     return sentences + _pairs(comparisons(results, name, metric), _few_seeds(results, name))
 
 
