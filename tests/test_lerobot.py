@@ -309,12 +309,12 @@ def test_a_stale_or_damaged_cache_is_rebuilt(folder):
 
 
 def test_a_large_folder_opens_quickly(tmp_path):
-    """200,000 frames in 2,000 episodes; a Python object per frame would show."""
-    episode = encoded(raw((100,), size=(1, 1)))[0]
-    write(tmp_path / "large", (episode for _ in range(2000)), CONVENTION, {})
-    start = time.perf_counter()
+    """200,000 frames; a Python object per frame would show. CPU time, since the machine may be busy."""
+    episode = encoded(raw((1000,), size=(1, 1)))[0]
+    write(tmp_path / "large", (episode for _ in range(200)), CONVENTION, {})
+    start = time.process_time()
     assert Dataset.open(tmp_path / "large").num_frames == 200_000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 0.5
 
 
 LEROBOT = os.environ.get("LEROBOT_PYTHON", sys.executable)
@@ -333,15 +333,39 @@ print(json.dumps({
 """
 
 
-@pytest.mark.compat
-def test_lerobot_reads_our_folders(folder):
+WRITE_WITH_LEROBOT = """
+import sys
+import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+features = {
+    "observation.images.main": {"dtype": "image", "shape": (6, 8, 3), "names": ["height", "width", "channels"]},
+    "observation.state": {"dtype": "float32", "shape": (4,), "names": ["a", "b", "c", "d"]},
+    "action": {"dtype": "float32", "shape": (7,), "names": None},
+}
+d = LeRobotDataset.create("local/demos", 5, features, root=sys.argv[1], use_videos=False)
+raw = np.load(sys.argv[2])
+for episode in range(3):
+    for image, action, state in zip(*(raw[f"{name}{episode}"] for name in ("image", "action", "state"))):
+        frame = {"observation.images.main": image, "action": action, "observation.state": state}
+        d.add_frame(frame | {"task": ["put it left", "put it right"][episode % 2]})
+    d.save_episode()
+d.finalize()
+"""
+
+
+def run_lerobot(tmp_path, code, *arguments):
+    """Run a script in lerobot's environment, offline; its last line of output."""
     if subprocess.run([LEROBOT, "-c", "import lerobot.datasets.lerobot_dataset"], capture_output=True).returncode:
         pytest.skip("needs lerobot: set LEROBOT_PYTHON to the interpreter of an environment with `pip install lerobot`")
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.with_name("cache"))}
-    command = [LEROBOT, "-c", READ_WITH_LEROBOT, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=offline)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([LEROBOT, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
-    read = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1:]
+
+
+@pytest.mark.compat
+def test_lerobot_reads_our_folders(folder):
+    read = json.loads(run_lerobot(folder.parent, READ_WITH_LEROBOT, folder)[0])
     ours = Dataset.open(folder)
     assert (read["frames"], read["episodes"], read["fps"]) == (8, 3, 5)
     assert (np.float32(read["action"])[:, 0] == ours.actions).all()
@@ -351,3 +375,16 @@ def test_lerobot_reads_our_folders(folder):
     assert read["pad"] == [[False, i in (2, 3, 7)] for i in range(8)]
     assert read["mean"] == pytest.approx(ours.actions.mean(0))
     assert read["ends"] == ours.episode_to.tolist()
+
+
+@pytest.mark.compat
+def test_we_read_folders_that_lerobot_wrote(tmp_path):
+    episodes = raw()
+    named = {f"{name}{i}": e[k] for i, e in enumerate(episodes) for k, name in enumerate(("image", "action", "state"))}
+    np.savez(tmp_path / "raw.npz", **named)
+    run_lerobot(tmp_path, WRITE_WITH_LEROBOT, tmp_path / "demos", tmp_path / "raw.npz")
+    dataset = Dataset.open(tmp_path / "demos")
+    check_same(dataset, episodes)
+    assert dataset.fps == 5
+    with pytest.raises(UserError, match="convention"):
+        _ = dataset.convention

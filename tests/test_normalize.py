@@ -107,9 +107,9 @@ def test_the_dictionary_holds_all_bits():
 
 def test_two_million_steps_take_seconds():
     v = np.random.default_rng(0).normal(size=(2_000_000, 7)).astype(np.float32)
-    start = time.perf_counter()
+    start = time.process_time()
     Statistics.of(v)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
