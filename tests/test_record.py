@@ -278,3 +278,19 @@ def test_no_expert_and_a_hopeless_expert(tmp_path, data, monkeypatch):
         record(data, tmp_path / "hopeless", 1, progress=False)
     with pytest.raises(UserError, match="without a protocol"):
         record(DataSpec(folder="elsewhere"), tmp_path / "nothing", 1, progress=False)
+
+
+@pytest.mark.sim
+def test_grinningface_demonstrations(tmp_path):
+    data = DataSpec(protocol="grinningface/place/train/v1", episodes=3, image_size=32)
+    record(data, tmp_path / "one", 1, progress=False)
+    record(data, tmp_path / "two", 2, progress=False)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    dataset = Dataset.open(tmp_path / "one")
+    released = dataset.actions[dataset.episode_to - 1, 6]
+    assert released.tolist() == [1, 1, 1]
+    assert (dataset.actions[dataset.episode_from, 6] == 0).all()
+    images = dataset.images(np.arange(dataset.num_frames))
+    assert images.shape[1:] == (32, 32, 3)
+    assert images.std() > 10
+    assert (images[dataset.episode_from] != images[dataset.episode_to - 1]).any(axis=(1, 2, 3)).all()

@@ -145,9 +145,9 @@ def _attempt(proto: Protocol, data: DataSpec, shards: Path, workers: int, progre
             for future in finished:
                 number, success = future.result()
                 done[number] = success
+                bar.set_postfix(failed=len(done) - sum(done.values()), refresh=False)
                 bar.update(success)
             failures = len(done) - sum(done.values())
-            bar.set_postfix(failed=failures)
             if failures > max(MIN_FAILURES, data.episodes):
                 raise UserError(
                     f"the expert failed {failures} of {len(done)} attempts at {proto.name}",
