@@ -127,7 +127,7 @@ class Scene:
         flat = np.asarray(points, float).reshape(-1, 3)
         eye = self.data.cam_xpos[0].copy()
         uv = self.pixel(flat)
-        seen = ((uv >= 0) & (uv <= 1)).all(axis=1)
+        seen = np.asarray((uv.min(axis=1) >= 0) & (uv.max(axis=1) <= 1))
         hit = np.zeros(1, np.int32)
         for i in np.flatnonzero(seen):
             ray = flat[i] - eye
