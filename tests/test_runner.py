@@ -128,7 +128,7 @@ def test_a_failing_cell_stops_no_other(folder, jobs):
 
 def test_a_cell_killed_by_a_signal_is_told_and_mended_by_rerunning(folder):
     small = study(overrides=[{"when": {"treatment": "full"}, "set": {"training.learning_rate": 0.5}}])
-    with pytest.raises(UserError, match="status -9"):
+    with pytest.raises(UserError, match="ended by SIGKILL"):
         run(small, folder, QUIET, jobs=2)
     run(small, folder, QUIET, jobs=2)
     assert {row.status for row in plan(small, folder).rows} == {"done"}

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -235,7 +236,7 @@ class _Line:
     def __init__(self, cell: Cell, folder: Path, position: int, shown: bool):
         self.cell, self.position, self._folder = cell, position, folder
         self._wanted = list(cell.wanted())
-        self._training = True
+        self._training, self._resumed = True, False
         steps = cell.run.training.steps
         self.bar = tqdm(total=steps, desc=cell.run_id, unit="step", position=position, leave=False, disable=not shown)
 
@@ -244,13 +245,15 @@ class _Line:
             return
         out = run_folder(self._folder, self.cell.run_id)
         if self._training and (out / "policy").is_dir():
-            self._training = False
+            self._training = self._resumed = False
             self.bar.unit = "episode"
             self.bar.reset(sum(episodes for *_, episodes in self._wanted))
         if self._training:
             self.bar.n = _trained_steps(out / "metrics.jsonl")
         else:
             self.bar.n = sum(store.finished(*wanted) for wanted in self._wanted)
+        if not self._resumed:  # what earlier starts did is no part of the rate
+            self.bar.initial, self._resumed = self.bar.n, True
         self.bar.refresh()
 
 
@@ -275,7 +278,10 @@ def _died(cell: Cell, folder: Path, code: int) -> Failure:
     """A cell's process that ended badly: by an exception, which it stored, or by a signal, which it could not."""
     with Store(folder / RESULTS) as store:
         row = store.runs()[cell.run_id]
-        message = row.message if row.status == "failed" and code > 0 else f"the process ended with status {code}"
+        if code < 0:
+            message = f"the process was ended by {signal.Signals(-code).name} (SIGKILL: is memory short?)"
+        else:
+            message = row.message if row.status == "failed" else f"the process ended with status {code}"
         store.set_run(cell.run_id, status="failed", message=message)
     return Failure(cell.run_id, message, _log(folder, cell.run_id))
 
