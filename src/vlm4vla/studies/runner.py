@@ -246,7 +246,7 @@ class _Line:
         out = run_folder(self._folder, self.cell.run_id)
         if self._training and (out / "policy").is_dir():
             self._training = self._resumed = False
-            self.bar.unit = "episode"
+            self.bar.unit, self.bar.initial = "episode", 0
             self.bar.reset(sum(episodes for *_, episodes in self._wanted))
         if self._training:
             self.bar.n = _trained_steps(out / "metrics.jsonl")
