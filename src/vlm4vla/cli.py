@@ -22,7 +22,9 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 out_option = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. training.steps=200.")
-workers_option = click.option("--workers", default=2, show_default=True, help="Simulator processes.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Simulator processes."
+)
 device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto says which."
 )
@@ -63,7 +65,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--out", type=FOLDER, default=Path("runs/demo"), show_default=True, help="Folder to write.")
 @click.option("--smoke", is_flag=True, help="A few steps and episodes: proves the machinery, not the result.")
-@click.option("--jobs", default=2, show_default=True, help="Processes at a time.")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Runs at a time.")
 def demo(out: Path, smoke: bool, jobs: int) -> None:
     """The main job at CPU scale: train, evaluate and compare three treatments, write a report."""
     from vlm4vla.demo import demo as run
@@ -84,7 +86,7 @@ def data() -> None:
 @click.argument("run", type=FILE, required=False)
 @out_option
 @set_option
-@click.option("--workers", default=2, show_default=True, help="Recording processes.")
+@workers_option
 def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers: int) -> None:
     """Record the scripted expert as the `data` section of RUN (a YAML file of run keys) says; resumes."""
     spec = run_spec(run, overrides)
@@ -92,7 +94,7 @@ def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers
         raise UserError("data.folder, an existing data set", "data.protocol to record", "add --set data.protocol=NAME")
     from vlm4vla.data.record import record
 
-    record(spec.data, out, workers, progress=sys.stderr.isatty())
+    click.echo(record(spec.data, out, workers, progress=sys.stderr.isatty()))
     arguments = [*([str(run)] if run else []), "--data", str(out), *with_set(overrides), "--out", "runs/mine"]
     next_step(f"vlm4vla data inspect {out}; vlm4vla train {shlex.join(arguments)}")
 
@@ -116,7 +118,7 @@ def data_inspect(folder: Path) -> None:
 @out_option
 @set_option
 @device_option
-@click.option("--threads", default=1, show_default=True, help="BLAS threads.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="BLAS threads.")
 @click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb or trackio (repeatable).")
 def train(
     run: Path | None,
@@ -149,7 +151,7 @@ def train(
 
 @cli.command("eval")
 @click.argument("policy", type=FOLDER)
-@click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims protocols.")
+@click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims list.")
 @click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--store", "store_path", type=FILE, help="SQLite file of results. [default: eval.sqlite beside POLICY]")
 @click.option(
@@ -218,7 +220,7 @@ def study_plan(matrix: str, out: Path | None) -> None:
     from vlm4vla.studies.matrix import load, plan
 
     path = study_file(matrix)
-    click.echo(plan(load(path), out))
+    click.echo(str(plan(load(path), out)))
     next_step(f"vlm4vla study run {matrix} --out {out or 'runs/' + path.stem}")
 
 
@@ -226,13 +228,14 @@ def study_plan(matrix: str, out: Path | None) -> None:
 @click.argument("matrix", metavar="STUDY")
 @out_option
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Cells at a time.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Simulators per cell.")
 @device_option
-def study_run(matrix: str, out: Path, jobs: int, device: str) -> None:
+def study_run(matrix: str, out: Path, jobs: int, workers: int, device: str) -> None:
     """Run the cells of STUDY; finished ones are never redone, so run again to resume."""
     from vlm4vla.studies.matrix import load
     from vlm4vla.studies.runner import run
 
-    run(load(study_file(matrix)), out, jobs=jobs, device=device)
+    run(load(study_file(matrix)), out, runtime(workers=workers, device=device), jobs)
     next_step(f"vlm4vla report {out}")
 
 
@@ -256,14 +259,19 @@ def sims() -> None:
     """Look at the simulators and check them."""
 
 
-@sims.command("protocols")
-def sims_protocols() -> None:
+@sims.command("list")
+def sims_list() -> None:
     """List the evaluation protocols."""
     from vlm4vla.evaluation.protocols import protocol, protocol_names
 
+    rules: dict[str, list[str]] = {}
     for name in protocol_names():
         each = protocol(name)
-        click.echo(f"{name}\n    {each.max_steps} steps, {each.execute} actions a look; {each.success_rule}")
+        rules.setdefault(each.success_rule, []).append(
+            f"  {name:<42} {each.max_steps} steps, looks every {each.execute}"
+        )
+    for rule, lines in rules.items():
+        click.echo("\n".join([f"success: {rule}", *lines]))
     next_step("vlm4vla eval POLICY --protocol NAME")
 
 
@@ -276,8 +284,9 @@ def sims_demo(sim: str, level: str, seed: int, out: Path) -> None:
     """Run the scripted expert of SIM once; write a film strip and an MP4."""
     from vlm4vla.sims.grinningface.demo import demo as run
 
-    run(out, level, seed)
-    next_step(f"look into {out}; then vlm4vla data record --help")
+    for path in run(out, level, seed):
+        click.echo(path)
+    next_step("vlm4vla data record --help")
 
 
 @sims.command("check")
@@ -356,10 +365,7 @@ def runtime(**changes: Any) -> "Runtime":
 
 def study_file(name: str) -> Path:
     """The path of a study's YAML: as given, or one shipped inside the package."""
-    from vlm4vla.demo import RECIPES
-
-    path = Path(name)
-    shipped = RECIPES / f"{name}.yaml"
+    path, shipped = Path(name), Path(__file__).parent / "recipes" / f"{name}.yaml"
     if path.is_file() or not shipped.is_file():
         return path  # the reader of the file says what is wrong with it
     return shipped

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vlm4vla.errors import UserError
+
 DEMO_MEMORY_GB = 4
 DEMO_DISK_GB = 2
 """Measured with ``make demo``: recordings, checkpoints and strips stay below it."""
@@ -108,6 +110,15 @@ def renders(backend: str) -> bool:
     return done.returncode == 0 and done.stdout.strip().isdigit() and int(done.stdout) > 0
 
 
+def emoji_font() -> Finding:
+    from vlm4vla.sims.grinningface.emoji import font
+
+    try:
+        return Finding("emoji font", True, str(font().path))
+    except UserError as error:
+        return Finding("emoji font", False, error.found, error.next_step)
+
+
 def memory() -> Finding:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return Finding("memory", True, "unknown on this system", needed=False)
@@ -135,6 +146,7 @@ CHECKS = (
     package("accelerate", "train"),
     package("mujoco", "grinningface"),
     renderer,
+    emoji_font,
     memory,
     cores,
     disk,

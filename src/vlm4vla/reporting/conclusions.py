@@ -10,11 +10,6 @@ from vlm4vla.studies.stats import MIN_SEEDS, Rate
 
 UNSEEN = ("val", "hard")
 """Splits whose emojis are in no demonstration."""
-WHAT = {
-    "recognition": "recognition (the cube went to the named card, among episodes in which it went to any)",
-    "execution": "execution (the cube was placed on any card)",
-    "success": "success",
-}
 
 
 def headline(results: Results) -> str:
@@ -22,7 +17,7 @@ def headline(results: Results) -> str:
     name, metric = lead(results, results.settings[0])
     pairs = comparisons(results, name, metric)
     where = f"{metric} on {_split_words(name)}"
-    incomplete = f" ({_incomplete(results)}: preliminary)" if results.missing else ""
+    incomplete = " (preliminary)" if results.missing else ""
     if not pairs:
         measured = [(t, results.rate(t, name, metric)) for t in results.treatments]
         known = [f"{t} {_rate(rate)}" for t, rate in measured if rate]
@@ -46,32 +41,34 @@ def lead(results: Results, where: str) -> tuple[str, str]:
     return names[0], "success"
 
 
-def paragraphs(results: Results) -> list[str]:
-    """The conclusions: for each setting its leading protocol and metric, then success everywhere; then the limits."""
+def paragraphs(results: Results) -> list[tuple[str, str]]:
+    """Titles and texts: for each setting its leading protocol and metric, then success everywhere; then limits."""
     said = []
     for where in results.settings:
         first = lead(results, where)
         names = [name for name in results.protocol_names if setting(name) == where]
         rest = [(name, "success") for name in names if (name, "success") != first]
-        said += [" ".join([f"{where}.", *_protocol(results, *which)]) for which in (first, *rest)]
-    return [*said, limits(results)]
+        said += [
+            (f"{where}, {metric} on {_split_words(name)}", _protocol(results, name, metric))
+            for name, metric in (first, *rest)
+        ]
+    return [*said, ("What cannot be concluded", limits(results))]
 
 
-def _protocol(results: Results, name: str, metric: str) -> list[str]:
+def _protocol(results: Results, name: str, metric: str) -> str:
     """Rates, then chance, then every pair, for one protocol and metric."""
     rates = {t: rate for t in results.treatments if (rate := results.rate(t, name, metric))}
-    where = f"{WHAT[metric]} on {_split_words(name)}"
     if not rates:
-        return [f"{_capital(where)} was not measured."]
+        return "Not measured."
     seeds = {row.treatment: row.seeds for row in results.rows if row.protocol == name}
     parts = [f"{t} {_rate(rate)} from {_seeds(seeds[t])}" for t, rate in rates.items()]
-    sentences = [f"{_capital(where)}: {'; '.join(parts)}."]
+    sentences = [f"{'; '.join(parts)}."]
     if metric == "recognition":
         sentences += _against_chance(rates, results.chance.get(name))
         counted = [f"{rate.n} of {rate.n + rate.undefined} ({t})" for t, rate in rates.items() if rate.undefined]
         if counted:
             sentences.append(f"The cube went to a card in {_list(counted)} episodes; only these count here.")
-    return sentences + _pairs(comparisons(results, name, metric), _few_seeds(results, name))
+    return " ".join(sentences + _pairs(comparisons(results, name, metric), _few_seeds(results, name)))
 
 
 def _few_seeds(results: Results, name: str) -> list[str]:
@@ -103,7 +100,7 @@ def _pairs(pairs: list[Comparison], few: list[str]) -> list[str]:
             missed = max(abs(pair.difference.low), abs(pair.difference.high))
             sentences.append(
                 f"{pair.first} and {pair.second} are not told apart ({_points(pair)}): "
-                f"a difference of up to {100 * missed:.0f} points cannot be excluded."
+                f"a difference of up to {_number(missed)} cannot be excluded."
             )
     return sentences
 
@@ -146,7 +143,12 @@ def _incomplete(results: Results) -> str:
 
 
 def _split_words(name: str) -> str:
-    words = {"val": "unseen emojis (val)", "hard": "unseen look-alike emojis (hard)", "train": "trained emojis (train)"}
+    words = {
+        "val": "unseen emojis (val)",
+        "hard": "unseen emojis that have look-alikes (hard)",
+        "train": "trained emojis (train)",
+        "id": "the demonstrations' own episodes (id)",
+    }
     return words.get(split(name), split(name) or name)
 
 
@@ -156,7 +158,12 @@ def _rate(rate: Rate) -> str:
 
 def _points(pair: Comparison) -> str:
     gap = pair.difference
-    return f"{100 * gap.estimate:.0f} points [{100 * gap.low:.0f}, {100 * gap.high:.0f}]"
+    return f"{_number(gap.estimate)} [{100 * gap.low:.0f}, {100 * gap.high:.0f}]"
+
+
+def _number(difference: float) -> str:
+    points = f"{100 * difference:.0f}"
+    return f"{points} point{'' if points == '1' else 's'}"
 
 
 def _seeds(number: int) -> str:

@@ -25,7 +25,7 @@ from vlm4vla.studies.runner import run_folder
 from vlm4vla.studies.stats import Rate
 
 TEMPLATE = "report.html.j2"
-FRAMES = 8
+FRAMES = 6
 """Frames shown of an episode: the first, the last and some between."""
 GAP = 2
 """Pixels between frames."""
@@ -118,7 +118,7 @@ def _dots(results: Results) -> list[Markup]:
             series = {t: [point(results.rate(t, name, metric)) for name in names] for t in results.treatments}
             if any(p.rate is not None for points in series.values() for p in points):
                 chance = results.chance.get(names[0]) if metric == "recognition" else None
-                title = f"{where}: {metric}"
+                title = _title(f"{where}: {metric}", chance)
                 panels.append(_panel(title, plots.dots(title, [split(n) or n for n in names], series, chance)))
     return panels
 
@@ -134,8 +134,8 @@ def _over_steps(results: Results) -> list[Markup]:
                 for t, by_step in rows.items()
             }
             if any(series.values()):
-                title = f"{setting(name)}: {metric}, {split(name) or name}"
                 chance = results.chance.get(name) if metric == "recognition" else None
+                title = _title(f"{setting(name)}: {metric}, {split(name) or name}", chance)
                 panels.append(_panel(title, plots.over_steps(title, series, chance)))
     return panels
 
@@ -162,6 +162,10 @@ def _curves(results: Results) -> list[Markup]:
         if any(steps for _, steps, _ in lines):
             panels.append(_panel(title, plots.curves(title, lines, log)))
     return panels
+
+
+def _title(text: str, chance: float | None) -> str:
+    return text if chance is None else f"{text} (dashed: chance, {chance:.0%})"
 
 
 def _panel(title: str, svg: str) -> Markup:

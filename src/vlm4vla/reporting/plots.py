@@ -68,7 +68,6 @@ def dots(title: str, rows: Sequence[str], series: Mapping[str, Sequence[Point]],
             axes.plot([], [], marker=marker, color=colour, linewidth=1.6, markersize=5.5, label=name)
         if chance is not None:
             axes.axvline(chance, color=INK, linewidth=1, linestyle=(0, (3, 3)), alpha=0.7)
-            axes.text(chance, -0.62, f" chance {chance:.0%}", fontsize=8, va="bottom", alpha=0.8)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xlim(-0.02, 1.02)

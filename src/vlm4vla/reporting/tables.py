@@ -18,6 +18,8 @@ from vlm4vla.types import EpisodeResult
 
 STUDY = "study.yaml"
 """The matrix in a study's folder, as it was run."""
+CARDS = {"cards5": 5}
+"""Cards on the table in GrinningFace's variants; 3 in all others (``sims/grinningface/episode.py``)."""
 METRICS = ("success", "execution", "recognition")
 
 
@@ -206,7 +208,9 @@ def label(cell: matrix.Cell) -> str:
 def chance(name: str) -> float | None:
     """Recognition by chance under a protocol: one over the number of cards; None for a simulator without cards."""
     each = protocol(name)
-    return 1 / each.sim_args.get("num_cards", 3) if each.sim == "grinningface" else None
+    if each.sim != "grinningface":
+        return None
+    return 1 / CARDS.get(each.sim_args["variant"], 3)
 
 
 def read_jsonl(path: Path) -> list[dict[str, float]]:
