@@ -1,4 +1,4 @@
-"""Success of the scripted expert per level, with its Wilson interval, and the cost per step, render and reset.
+"""Success of the scripted expert per level, with its Wilson interval, and the CPU time per step, render and reset.
 
 ``python benchmarks/expert.py [--episodes 1000] [--noise 0.02] [--variant base]``
 """
@@ -34,25 +34,25 @@ def main() -> None:
         rng, lengths, failed, limited = np.random.Generator(np.random.PCG64(0)), [], [], 0
         reset_s = step_s = 0.0
         for seed in range(DEV_SEED, DEV_SEED + args.episodes):
-            start = time.perf_counter()
+            start = time.process_time()
             env.reset(seed)
-            reset_s += time.perf_counter() - start
-            start, outcome = time.perf_counter(), None
+            reset_s += time.process_time() - start
+            start, outcome = time.process_time(), None
             while outcome is None or not outcome.done:
                 action = env.expert()
                 if args.noise and rng.random() < DISTURBED:
                     action[:3] += rng.normal(0, args.noise, 3)
                 outcome = env.execute(action[None])
-            step_s += time.perf_counter() - start
+            step_s += time.process_time() - start
             lengths.append(env.steps)
             limited += env.limited_steps
             if not outcome.success:
                 failed.append((seed, outcome.credits))
         env.observe()
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(50):
             env.observe()
-        render_ms = (time.perf_counter() - start) / 50 * 1e3
+        render_ms = (time.process_time() - start) / 50 * 1e3
         won = args.episodes - len(failed)
         low, high = wilson(won, args.episodes)
         print(

@@ -142,6 +142,12 @@ def test_layouts_leave_room(level, split, variant):
     assert np.abs(share - 1 / len(share)).max() < 0.1
 
 
+def test_unseen_colours_are_far_from_the_base_table():
+    tables = np.array([draw_episode(seed, "place", "train", "colours").table for seed in range(300)])
+    assert np.abs(tables - draw_episode(0, "place", "train", "base").table).max(axis=1).min() > 0.08
+    assert tables.std(axis=0).min() > 0.05
+
+
 def test_variants_change_what_they_name_and_nothing_else():
     for seed in range(30):
         base = draw_episode(seed, "place", "hard", "base")

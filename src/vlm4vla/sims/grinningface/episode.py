@@ -80,8 +80,8 @@ def check_names(level: str, split: str, variant: str) -> None:
 
 
 def random_colour(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
-    """Three uniform numbers in [0, 1) -> a colour bright enough for the dark cube and arm to stand out."""
-    return colorsys.hsv_to_rgb(hue, 0.08 + 0.37 * saturation, 0.55 + 0.4 * value)
+    """Three uniform numbers in [0, 1) -> RGB, bright enough for cube and arm to stand out, never of the wood's hue."""
+    return colorsys.hsv_to_rgb(0.15 + 0.78 * hue, 0.08 + 0.37 * saturation, 0.55 + 0.4 * value)
 
 
 def draw_episode(seed: int, level: str, split: str, variant: str) -> Episode:

@@ -11,38 +11,38 @@ GRASP_HEIGHT, RELEASE_HEIGHT, CARRY_HEIGHT, HOVER_HEIGHT = 0.017, 0.026, 0.09, 0
 """Heights of the finger pads' centre, metres. Carrying clears a cube that lies on the way."""
 STEP = 0.03
 """Largest component of a step, metres: below the controller's limit, so that disturbed steps are rarely cut."""
-OVER_CARD, OVER_CUBE = 0.025, 0.009
-"""Horizontal distances (metres) at which the gripper counts as above the card or the cube."""
+OVER_CARD, LOW_OVER_CARD = 0.025, 0.05
+"""Horizontal distance (metres) at which the cube counts as above the card; more when it is already low."""
+ABOVE_CUBE = np.array([0.03, 0.012])
+"""Largest offset in x and y (metres) at which the open gripper may come down: less across the fingers."""
+CENTRED = 0.009
+"""Horizontal distance (metres) from the cube at which the gripper closes."""
 
 
 def next_action(env: "GrinningFace") -> np.ndarray:
     """float32 (7,): towards the cube, grasp, lift, to the target card, lower, release, retreat."""
     gripper, cube = env.ee_position, env.cube_position
     card = env.card_positions[env.target]
-    goal = gripper.copy()
     if env.grasped:
         return _carry(gripper, cube, card)
-    if np.linalg.norm(cube[:2] - card) < OVER_CARD * 2:  # just released over the target
-        goal[2] = CARRY_HEIGHT
-        return _towards(gripper, goal, opened=True)
-    away = float(np.linalg.norm(cube[:2] - gripper[:2]))
-    if away > OVER_CUBE:
-        goal[:2] = cube[:2]
-        goal[2] = HOVER_HEIGHT if away > 0.04 or gripper[2] > HOVER_HEIGHT else max(gripper[2], HOVER_HEIGHT - 0.02)
-        return _towards(gripper, goal, opened=True)
-    goal[:2], goal[2] = cube[:2], GRASP_HEIGHT
-    return _towards(gripper, goal, opened=gripper[2] > GRASP_HEIGHT + 0.008)
+    if np.linalg.norm(cube[:2] - card) < LOW_OVER_CARD:  # just released over the target
+        return _towards(gripper, np.array([*gripper[:2], CARRY_HEIGHT]), opened=True)
+    offset = np.abs(cube[:2] - gripper[:2])
+    if (offset < ABOVE_CUBE).all():
+        low = gripper[2] < GRASP_HEIGHT + 0.008
+        return _towards(gripper, np.array([*cube[:2], GRASP_HEIGHT]), opened=not (low and np.hypot(*offset) < CENTRED))
+    far = offset.max() > 0.04 or gripper[2] > HOVER_HEIGHT
+    height = HOVER_HEIGHT if far else max(gripper[2], HOVER_HEIGHT - 0.02)
+    return _towards(gripper, np.array([*cube[:2], height]), opened=True)
 
 
 def _carry(gripper: np.ndarray, cube: np.ndarray, card: np.ndarray) -> np.ndarray:
-    goal, away = gripper.copy(), float(np.linalg.norm(card - cube[:2]))
-    if away < OVER_CARD:
-        goal[2] = RELEASE_HEIGHT
-        return _towards(gripper, goal, opened=gripper[2] < RELEASE_HEIGHT + 0.012)
-    goal[2] = CARRY_HEIGHT
-    if gripper[2] > CARRY_HEIGHT - 0.04:
-        goal[:2] += card - cube[:2]
-    return _towards(gripper, goal, opened=False)
+    away, low = float(np.linalg.norm(card - cube[:2])), gripper[2] < RELEASE_HEIGHT + 0.012
+    if away < (LOW_OVER_CARD if gripper[2] < CARRY_HEIGHT - 0.02 else OVER_CARD):
+        return _towards(gripper, np.array([*gripper[:2], RELEASE_HEIGHT]), opened=low)
+    lifted = gripper[2] > CARRY_HEIGHT - 0.04
+    goal = gripper[:2] + (card - cube[:2] if lifted else 0)
+    return _towards(gripper, np.array([*goal, CARRY_HEIGHT]), opened=False)
 
 
 def _towards(position: np.ndarray, goal: np.ndarray, opened: bool) -> np.ndarray:
