@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
 
 from vlm4vla.backbones import tiny
 from vlm4vla.errors import UserError
+
+# One bar a job is enough: ours.
+logging.disable_progress_bar()
 
 Processor = Any
 """A transformers processor; their call signatures are only known at run time."""

@@ -1,7 +1,8 @@
 """Questions and answers about card scenes: what the embedded VLM is taught before it ever sees an action.
 
 Tasks: where is X (row scenes), what is on the left / in the middle / on the right, which of two is further left,
-point at X (cards, block, gripper), is there an X, how many cards. ``Q questions of a scene`` are drawn with a seed.
+point at X (cards, block, gripper), is there an X, how many cards. Questions are drawn with a seed; none is
+about a card that is hidden.
 """
 
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Question:
     task: str
     question: str
     answer: str
+    name: str = ""
+    """The emoji that ``where`` and ``what`` are about."""
 
 
 def point_answer(uv: np.ndarray) -> str:
@@ -74,7 +77,8 @@ def point_answer(uv: np.ndarray) -> str:
 
 def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator) -> list[Question]:
     """``num`` questions about scene ``i``. Row scenes: about a third each where, what and the rest."""
-    present = [int(k) for k in scenes.cards[i] if k >= 0]
+    place = np.flatnonzero(scenes.cards[i] >= 0)
+    present = scenes.cards[i, place].tolist()
     name = [scenes.names[k] for k in present]
 
     def fill(task: str, *values: str) -> str:
@@ -89,20 +93,21 @@ def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator) -> list[Ques
         k = int(rng.integers(len(present)))
         if task == "where":
             if rng.random() < 0.15:
-                return Question(task, fill(task, absent()), "none")
-            return Question(task, fill(task, name[k]), PLACES[k])
+                stranger = absent()
+                return Question(task, fill(task, stranger), "none", stranger)
+            return Question(task, fill(task, name[k]), PLACES[place[k]], name[k])
         if task == "what":
-            return Question(task, fill(task, PLACE_PHRASES[PLACES[k]]), name[k])
+            return Question(task, fill(task, PLACE_PHRASES[PLACES[place[k]]]), name[k], name[k])
         if task == "left_of":
             a, b = rng.choice(len(present), 2, replace=False)
-            left = a if scenes.card_uv[i, a, 0] < scenes.card_uv[i, b, 0] else b
+            left = a if scenes.card_uv[i, place[a], 0] < scenes.card_uv[i, place[b], 0] else b
             return Question(task, fill(task, name[a], name[b]), name[left])
         if task == "point":
             if rng.random() < 0.3:
                 thing = "block" if rng.random() < 0.6 and np.isfinite(scenes.block_uv[i, 0]) else "gripper"
                 uv = scenes.block_uv[i] if thing == "block" else scenes.gripper_uv[i]
                 return Question(task, fill(task, thing), point_answer(uv))
-            return Question(task, fill(task, name[k]), point_answer(scenes.card_uv[i, k]))
+            return Question(task, fill(task, name[k]), point_answer(scenes.card_uv[i, place[k]]))
         if task == "present":
             here = rng.random() < 0.5
             return Question(task, fill(task, name[k] if here else absent()), "yes" if here else "no")

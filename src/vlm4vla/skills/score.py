@@ -1,23 +1,32 @@
-"""What an embedded VLM knows: questions about scenes it never saw, answered through plain transformers ``generate``."""
+"""What a VLM knows of card scenes: questions about scenes it never saw, answered through plain ``generate``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from vlm4vla.backbones.vlm import Processor, prompt
+from vlm4vla.evaluation.interval import wilson
 from vlm4vla.skills.questions import Scenes, ask
-from vlm4vla.studies.stats import Rate, rate
 
 BATCH = 64
+MAX_ANSWER = 3
+"""The longest answer is a point, "x3 y7", and the end."""
 
 
 @torch.no_grad()
-def score(vlm: Any, processor: Processor, scenes: Scenes, seed: int, per_scene: int = 4) -> dict[str, Rate]:
-    """Task -> share of exact answers (greedy, whole vocabulary), with its Wilson interval.
+def score(
+    vlm: Any, processor: Processor, scenes: Scenes, seed: int, splits: Mapping[str, str], per_scene: int = 4
+) -> dict[str, dict[str, float]]:
+    """Share of exact answers (greedy, whole vocabulary) by task, and of ``where`` and ``what`` by emoji split too.
 
     Args:
+        splits: emoji name -> split.
         per_scene: questions of each scene, drawn with ``seed``.
+
+    Returns:
+        ``task`` or ``task/split`` -> ``{"right", "n", "estimate", "low", "high"}``, the last two Wilson's at 95 %.
     """
     rng = np.random.default_rng(seed)
     asked = [(i, question) for i in range(len(scenes)) for question in ask(scenes, i, per_scene, rng)]
@@ -25,17 +34,24 @@ def score(vlm: Any, processor: Processor, scenes: Scenes, seed: int, per_scene: 
     vlm.eval()
     for start in range(0, len(asked), BATCH):
         part = asked[start : start + BATCH]
-        texts = [prompt(processor, question.question) for _, question in part]
-        # Left padding, as generation needs every prompt to end where the answer begins.
+        # Left padding: generation needs every prompt to end where its answer begins.
         inputs = processor(
-            text=texts,
+            text=[prompt(processor, question.question) for _, question in part],
             images=[scenes.images[i] for i, _ in part],
             return_tensors="pt",
             padding=True,
             text_kwargs={"padding_side": "left"},
         )
-        output = vlm.generate(**inputs, max_new_tokens=3, do_sample=False)
+        output = vlm.generate(**inputs, max_new_tokens=MAX_ANSWER, do_sample=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for (_, question), answer in zip(part, answers, strict=True):
-            right.setdefault(question.task, []).append(answer.strip() == question.answer)
-    return {task: rate(results) for task, results in sorted(right.items())}
+            correct = answer.strip() == question.answer
+            right.setdefault(question.task, []).append(correct)
+            if question.task in ("where", "what"):
+                right.setdefault(f"{question.task}/{splits[question.name]}", []).append(correct)
+    rows = {}
+    for task, results in sorted(right.items()):
+        low, high = wilson(sum(results), len(results))
+        rows[task] = {"right": sum(results), "n": len(results), "estimate": float(np.mean(results))}
+        rows[task] |= {"low": low, "high": high}
+    return rows
