@@ -333,6 +333,15 @@ def test_the_backend_is_the_one_asked_for(monkeypatch):
         choose_backend()
 
 
+def test_a_backend_that_does_not_load_names_its_package(monkeypatch):
+    monkeypatch.setattr("vlm4vla.sims.grinningface.render.importlib.import_module", lambda name: object())
+    env = GrinningFace("place", "train", image_size=32)
+    env.reset(0)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    with pytest.raises(UserError, match="apt-get install libosmesa6"):
+        env.observe()
+
+
 def test_gymnasium_accepts_it():
     gymnasium = pytest.importorskip("gymnasium", reason='pip install "vlm4vla[grinningface]"')
     from gymnasium.utils.env_checker import check_env

@@ -41,21 +41,24 @@ def choose_backend() -> str:
     return "egl" if glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/dri/renderD*") else "osmesa"
 
 
-def gl_context(width: int, height: int):
-    """A MuJoCo GL context of the chosen backend. Raises ``UserError`` naming the package where it does not load."""
+def open_gl(model: mujoco.MjModel, size: int):
+    """A GL context of the chosen backend, and the model's MuJoCo context in it.
+
+    Raises ``UserError`` naming the package where the backend does not load.
+    """
     backend = choose_backend()
     # llvmpipe (software) otherwise starts one thread per core in each simulator process.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
-        context = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
-        context.make_current()
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        gl = importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
+        gl.make_current()
+        return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+    except (ImportError, AttributeError, OSError, RuntimeError, mujoco.FatalError) as error:
         raise UserError(
             f"the OpenGL backend {backend!r} does not load ({type(error).__name__}: {error})",
             "osmesa (software) or EGL (GPU) for off-screen rendering",
             f"{BACKENDS[backend]}; or choose another backend with MUJOCO_GL={'|'.join(BACKENDS)}",
         ) from error
-    return context
 
 
 class Renderer:
@@ -71,8 +74,7 @@ class Renderer:
         self._camera.fixedcamid = model.camera(camera).id
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-        self._gl = gl_context(size, size)
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._gl, self._context = open_gl(model, size)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._pixels = np.empty((size, size, 3), np.uint8)
         # Freed before the interpreter takes PyOpenGL apart; MuJoCo's own clean-up prints errors at exit otherwise.
