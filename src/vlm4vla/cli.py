@@ -8,15 +8,12 @@ Exit status: 0 done, 1 a defect (traceback), 2 something the user can mend, 130 
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from vlm4vla import __version__
 from vlm4vla.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from vlm4vla.spec import RunSpec, Runtime
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -27,6 +24,9 @@ workers_option = click.option(
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto says which."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="BLAS threads."
 )
 
 
@@ -74,6 +74,32 @@ def demo(out: Path, smoke: bool, jobs: int) -> None:
     next_step(f"open {page}")
 
 
+# ----------------------------------------------------------------------------------------------------------------- vlm
+
+
+@cli.group(cls=Verbs)
+def vlm() -> None:
+    """Make the embedded VLM."""
+
+
+@vlm.command("train")
+@click.option("--work", type=FOLDER, default=Path("runs/vlm"), show_default=True, help="Scenes and checkpoints.")
+@out_option
+@workers_option
+@device_option
+@threads_option
+def vlm_train(work: Path, out: Path, workers: int, device: str, threads: int) -> None:
+    """Train the embedded VLM from nothing on generated scenes and score it on unseen ones; resumes."""
+    import json
+
+    from vlm4vla.arguments import runtime
+    from vlm4vla.skills.build import build_vlm
+
+    scores = build_vlm(work, out, runtime(workers=workers, device=device, threads=threads))
+    click.echo(json.dumps(scores, indent=2))
+    next_step(f"vlm4vla train --set backbone={out} --help")
+
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -89,6 +115,8 @@ def data() -> None:
 @workers_option
 def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers: int) -> None:
     """Record the scripted expert as the `data` section of RUN (a YAML file of run keys) says; resumes."""
+    from vlm4vla.arguments import run_spec, with_set
+
     spec = run_spec(run, overrides)
     if spec.data.protocol is None:
         raise UserError("data.folder, an existing data set", "data.protocol to record", "add --set data.protocol=NAME")
@@ -118,7 +146,7 @@ def data_inspect(folder: Path) -> None:
 @out_option
 @set_option
 @device_option
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="BLAS threads.")
+@threads_option
 @click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb or trackio (repeatable).")
 def train(
     run: Path | None,
@@ -130,6 +158,8 @@ def train(
     trackers: tuple[str, ...],
 ) -> None:
     """Train one policy as RUN (a YAML file of run keys) says; run again to resume."""
+    from vlm4vla.arguments import run_spec, runtime, with_set
+
     spec = run_spec(run, overrides)
     if data_folder is None and spec.data.folder is None:
         arguments = [*([str(run)] if run else []), *with_set(overrides), "--out", "runs/data"]
@@ -151,7 +181,7 @@ def train(
 
 @cli.command("eval")
 @click.argument("policy", type=FOLDER)
-@click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims list.")
+@click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims protocols.")
 @click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--store", "store_path", type=FILE, help="SQLite file of results. [default: eval.sqlite beside POLICY]")
 @click.option(
@@ -169,13 +199,14 @@ def evaluate(
     device: str,
 ) -> None:
     """Judge a policy folder in closed loop; finished episodes are kept, run again to resume."""
-    from vlm4vla.evaluation.interval import wilson
     from vlm4vla.evaluation.protocols import protocol
-    from vlm4vla.evaluation.rollout import evaluate as roll_out
-    from vlm4vla.policy import Policy
-    from vlm4vla.studies.store import Store
 
     wanted = [protocol(name) for name in protocols]  # a misspelt one is found before anything is loaded
+    from vlm4vla.evaluation.rollout import evaluate as roll_out
+    from vlm4vla.policy import Policy
+    from vlm4vla.studies.stats import summarise
+    from vlm4vla.studies.store import Store
+
     loaded = Policy.load(policy, device)
     store_path = store_path or policy.parent / "eval.sqlite"
     run_id = loaded.spec.run_id
@@ -193,14 +224,8 @@ def evaluate(
                 strips=policy.parent / "strips",
                 num_strips=strips,
             )
-            judged = [result.success for result in results if result.success is not None]
-            faults = len(results) - len(judged)
-            if judged:
-                low, high = wilson(sum(judged), len(judged))
-                line = f"{sum(judged)}/{len(judged)} = {sum(judged) / len(judged):.0%} [{low:.0%}, {high:.0%}]"
-            else:
-                line = "no finished episode"
-            click.echo(f"{each.name}: success {line}" + (f", {faults} faults (run again to retry)" if faults else ""))
+            rate = summarise(results)
+            click.echo(f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else ""))
     next_step(f"film strips in {policy.parent / 'strips'}; compare treatments: vlm4vla study plan --help")
 
 
@@ -217,6 +242,7 @@ def study() -> None:
 @click.option("--out", type=FOLDER, help="Study folder; says what is finished there.")
 def study_plan(matrix: str, out: Path | None) -> None:
     """List the cells of STUDY (a YAML file, or a shipped one: demo, smoke) and what each still needs."""
+    from vlm4vla.arguments import study_file
     from vlm4vla.studies.matrix import load, plan
 
     path = study_file(matrix)
@@ -232,6 +258,7 @@ def study_plan(matrix: str, out: Path | None) -> None:
 @device_option
 def study_run(matrix: str, out: Path, jobs: int, workers: int, device: str) -> None:
     """Run the cells of STUDY; finished ones are never redone, so run again to resume."""
+    from vlm4vla.arguments import runtime, study_file
     from vlm4vla.studies.matrix import load
     from vlm4vla.studies.runner import run
 
@@ -259,8 +286,8 @@ def sims() -> None:
     """Look at the simulators and check them."""
 
 
-@sims.command("list")
-def sims_list() -> None:
+@sims.command("protocols")
+def sims_protocols() -> None:
     """List the evaluation protocols."""
     from vlm4vla.evaluation.protocols import protocol, protocol_names
 
@@ -323,52 +350,6 @@ def completion(shell: str) -> None:
     script = get_completion_class(shell)
     assert script is not None
     click.echo(script(cli, {}, "vlm4vla", "_VLM4VLA_COMPLETE").source())
-
-
-# ------------------------------------------------------------------------------------------------- arguments -> specs
-
-
-def run_spec(path: Path | None, overrides: tuple[str, ...]) -> "RunSpec":
-    """The run that a YAML file (defaults without one) and ``KEY=VALUE`` overrides describe."""
-    from vlm4vla.spec import RunSpec, load_yaml, parse
-
-    values = load_yaml(path) if path else {}
-    for override in overrides:
-        put(values, override)
-    return parse(RunSpec, values, " and ".join(filter(None, [str(path or ""), "--set" if overrides else ""])))
-
-
-def put(values: dict[str, Any], override: str) -> None:
-    """Apply ``a.b=VALUE`` (VALUE as YAML) to nested ``values``."""
-    import yaml
-
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"--set {override}", "KEY=VALUE", "e.g. --set training.steps=200")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {override}, where {parent} is no section", "SECTION.KEY=VALUE", "see spec.py")
-    values[last] = yaml.safe_load(text)
-
-
-def with_set(overrides: tuple[str, ...]) -> list[str]:
-    return [part for override in overrides for part in ("--set", override)]
-
-
-def runtime(**changes: Any) -> "Runtime":
-    from vlm4vla.spec import Runtime
-
-    return Runtime(progress=sys.stderr.isatty(), **changes)
-
-
-def study_file(name: str) -> Path:
-    """The path of a study's YAML: as given, or one shipped inside the package."""
-    path, shipped = Path(name), Path(__file__).parent / "recipes" / f"{name}.yaml"
-    if path.is_file() or not shipped.is_file():
-        return path  # the reader of the file says what is wrong with it
-    return shipped
 
 
 def main() -> None:

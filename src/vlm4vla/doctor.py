@@ -1,6 +1,5 @@
 """``vlm4vla doctor``: what is installed, what is missing, and the command that mends it."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -60,19 +59,25 @@ def python() -> Finding:
     )
 
 
+def installed(name: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def package(name: str, extra: str) -> Callable[[], Finding]:
     def check() -> Finding:
         mend = f"pip install -c constraints.txt 'vlm4vla[{extra}]'   (in the repository: make setup)"
-        try:
-            return Finding(name, True, version(name))
-        except PackageNotFoundError:
-            return Finding(name, False, "not installed", mend)
+        found = installed(name)
+        return Finding(name, found is not None, found or "not installed", mend)
 
     return check
 
 
 def device() -> Finding:
-    if importlib.util.find_spec("torch") is None:
+    if installed("torch") is None:
         return Finding("device", False, "unknown without torch", "make setup")
     import torch
 
@@ -88,7 +93,7 @@ def device() -> Finding:
 
 def renderer() -> Finding:
     """Really render with each backend, in a process of its own: a wrong one can abort the interpreter."""
-    if importlib.util.find_spec("mujoco") is None:
+    if installed("mujoco") is None:
         return Finding("rendering", False, "unknown without mujoco", "make setup")
     chosen = os.environ.get("MUJOCO_GL")
     working = [backend for backend in ([chosen] if chosen else BACKENDS) if renders(backend)]

@@ -1,0 +1,47 @@
+"""Command-line arguments -> specs."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm4vla.errors import UserError
+from vlm4vla.spec import RunSpec, Runtime, load_yaml, parse
+
+
+def run_spec(path: Path | None, overrides: tuple[str, ...]) -> RunSpec:
+    """The run that a YAML file (defaults without one) and ``KEY=VALUE`` overrides describe."""
+    values = load_yaml(path) if path else {}
+    for override in overrides:
+        put(values, override)
+    return parse(RunSpec, values, " and ".join(filter(None, [str(path or ""), "--set" if overrides else ""])))
+
+
+def put(values: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=VALUE`` (VALUE as YAML) to nested ``values``."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override}", "KEY=VALUE", "e.g. --set training.steps=200")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}, where {parent} is no section", "SECTION.KEY=VALUE", "see spec.py")
+    values[last] = yaml.safe_load(text)
+
+
+def with_set(overrides: tuple[str, ...]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def runtime(**changes: Any) -> Runtime:
+    return Runtime(progress=sys.stderr.isatty(), **changes)
+
+
+def study_file(name: str) -> Path:
+    """The path of a study's YAML: as given, or one shipped inside the package."""
+    path, shipped = Path(name), Path(__file__).parent / "recipes" / f"{name}.yaml"
+    if path.is_file() or not shipped.is_file():
+        return path  # the reader of the file says what is wrong with it
+    return shipped

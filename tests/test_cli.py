@@ -1,0 +1,202 @@
+"""The command line: fast, without torch where torch is not needed, and clear where something is wrong."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from vlm4vla import cli as module
+from vlm4vla import doctor
+from vlm4vla.arguments import run_spec, study_file
+from vlm4vla.cli import cli
+from vlm4vla.errors import UserError
+from vlm4vla.studies import matrix
+
+COMMAND = [sys.executable, "-m", "vlm4vla.cli"]
+VERBS = ("demo", "data", "train", "eval", "study", "report", "sims", "doctor")
+BASE_INSTALL = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "accelerate", "safetensors", "mujoco", "gymnasium", "av"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+sys.argv = ["vlm4vla", *sys.argv[1:]]
+from vlm4vla.cli import main
+main()
+"""
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def leaves(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(command, click.Group):
+        return [path]
+    return [path, *(leaf for name, sub in command.commands.items() for leaf in leaves(sub, (*path, name)))]
+
+
+@pytest.mark.parametrize("path", leaves(cli), ids=" ".join)
+def test_every_command_explains_itself(path: tuple[str, ...]):
+    result = CliRunner().invoke(cli, [*path, "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    script = (
+        "import sys; from vlm4vla.cli import cli; cli.main(['--help'], standalone_mode=False); "
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'matplotlib', 'mujoco') if m in sys.modules])"
+    )
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+        times.append(time.monotonic() - started)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert min(times) < 0.5
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "nearest: train"),
+        (["train", "--out", "x", "--set", "treatmnt=full"], "nearest: treatment"),
+        (["train", "--out", "x", "--set", "treatment"], "KEY=VALUE"),
+        (["train", "--out", "x", "--set", "seed.deep=1", "--set", "seed=1"], "seed"),
+        (["train", "--out", "x"], "vlm4vla data record"),
+        (["train", "missing.yaml", "--out", "x"], "missing.yaml"),
+        (["eval", "nowhere", "--protocol", "grinningface/place/vall/v1"], "grinningface/place/val/v1"),
+        (["study", "plan", "missing.yaml"], "missing.yaml"),
+        (["report", "nowhere"], "vlm4vla study run"),
+        (["data", "record", "--out", "x", "--set", "data.protocol=null"], "data.protocol"),
+    ],
+)
+def test_what_a_user_can_mend_exits_2_without_traceback(arguments: list[str], says: str, tmp_path: Path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_user_error_says_found_expected_and_next():
+    lines = run("report", "nowhere").stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["found", "expected", "next"]
+
+
+def test_a_defect_exits_1_with_traceback():
+    script = (
+        "import sys, vlm4vla.reporting.html as html\n"
+        "def fail(*_): raise ZeroDivisionError('a defect')\n"
+        "html.report = fail\n"
+        "sys.argv = ['vlm4vla', 'report', '.']\n"
+        "from vlm4vla.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "a defect" in done.stderr
+
+
+def test_ctrl_c_exits_130_and_says_how_to_resume():
+    script = (
+        "import sys, time, vlm4vla.reporting.html as html\n"
+        "def wait(*_): print('waiting', flush=True); time.sleep(30)\n"
+        "html.report = wait\n"
+        "sys.argv = ['vlm4vla', 'report', 'my study']\n"
+        "from vlm4vla.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "vlm4vla report 'my study'" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_base_install_helps_plans_and_reports_without_torch(study_folder):
+    full = {"grinningface/place/val/v1": (0.9, 0.8)}
+    folder = study_folder({"full": full}, seeds=(0,), episodes=5)
+    for arguments in (["--help"], ["study", "plan", "demo"], ["sims", "protocols"], ["report", str(folder)]):
+        done = subprocess.run(
+            [sys.executable, "-c", BASE_INSTALL, *arguments], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").is_file()
+
+
+def test_doctor_names_what_is_missing_and_what_mends_it(monkeypatch: pytest.MonkeyPatch):
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("torch", "mujoco") else real(name))
+    result = CliRunner().invoke(cli, ["doctor"])
+    assert isinstance(result.exception, UserError)
+    lines = result.output.splitlines()
+    missing = [line.split()[1] for line in lines if line.startswith("MISS")]
+    assert missing == ["torch", "device", "mujoco", "rendering"]
+    assert all("mend:" in after for line, after in itertools.pairwise(lines) if line.startswith("MISS"))
+
+
+@pytest.mark.sim
+def test_doctor_renders_and_passes_here():
+    result = CliRunner().invoke(cli, ["doctor"])
+    assert result.exception is None, result.output
+    assert "MuJoCo with" in result.output
+
+
+@pytest.mark.sim
+def test_doctor_does_not_believe_a_backend_that_does_not_render():
+    assert not doctor.renders("no-such-backend")
+
+
+def test_overrides_reach_into_sections(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"treatment": "scratch", "training": {"steps": 7}}))
+    spec = run_spec(path, ("training.steps=9", "head.chunk=8", "data.folder=null", "training.schedule=cosine"))
+    assert (spec.treatment, spec.training.steps, spec.head.chunk, spec.data.folder) == ("scratch", 9, 8, None)
+    assert spec.training.schedule == "cosine"
+    with pytest.raises(UserError, match="no section"):
+        run_spec(path, ("treatment.kind=full",))
+
+
+def test_shipped_studies_build_and_a_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("demo", "smoke"):
+        cells = matrix.load(study_file(name)).cells()
+        assert {cell.run.treatment for cell in cells} == {"full", "freeze_vision", "scratch"}
+        assert len({cell.run.training for cell in cells}) == 1, "every treatment gets the same budget"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_text("name: mine")
+    assert matrix.load(study_file("demo")).name == "mine"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_ask_this_program(shell: str):
+    result = CliRunner().invoke(cli, ["completion", shell])
+    assert "_VLM4VLA_COMPLETE" in result.output
+
+
+def test_completion_completes():
+    environment = {**os.environ, "_VLM4VLA_COMPLETE": "bash_complete", "COMP_WORDS": "vlm4vla stu", "COMP_CWORD": "1"}
+    script = "import sys; sys.argv = ['vlm4vla']; from vlm4vla.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == ["plain,study"]
+
+
+def test_verbs_are_listed_in_the_order_of_use():
+    names = module.cli.list_commands(click.Context(module.cli))
+    positions = [names.index(verb) for verb in VERBS]
+    assert positions == sorted(positions)
