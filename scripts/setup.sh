@@ -5,7 +5,7 @@ venv=${1:-.venv}
 cd "$(dirname "$0")/.."
 
 say() { printf '\n== %s\n' "$*"; }
-stop() { printf '\n%s\n' "$@" >&2; exit 1; }
+stop() { printf '%s\n' '' "$@" >&2; exit 1; }
 
 # -- Python ------------------------------------------------------------------------------------------------------------
 find_python() {
@@ -22,11 +22,11 @@ python=$(find_python) || stop "found: no Python >= 3.11 on this machine" "expect
     "next: install it (apt-get install python3 python3-venv; dnf install python3; brew install python), or PYTHON=/path/to/python3 make setup"
 
 # -- System libraries: a software renderer for MuJoCo, and a colour-emoji font -----------------------------------------
-has_library() { { ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | grep -q "$1"; }
+# No `| grep -q` here: it closes the pipe early, which `pipefail` takes for a failure.
+has_library() { [[ $(ldconfig -p 2>/dev/null || /sbin/ldconfig -p) == *"$1"* ]]; }
 has_emoji_font() {
     # The folders in which fontconfig looks; fc-list itself is often not installed.
-    find /usr/share/fonts /usr/local/share/fonts "$HOME/.fonts" "$HOME/.local/share/fonts" \
-        -iname '*NotoColorEmoji*' 2>/dev/null | grep -q .
+    [ -n "$(find /usr/share/fonts /usr/local/share/fonts ~/.fonts ~/.local/share/fonts -iname '*NotoColorEmoji*' 2>/dev/null)" ]
 }
 missing_packages() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
