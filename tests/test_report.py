@@ -95,6 +95,7 @@ def test_a_treatment_without_any_episode_is_not_measured(study_folder):
     results = tables.load(folder)
     assert results.rate("scratch", VAL, "success") is None
     assert "scratch" not in conclusions.headline(results)
+    assert "Not measured: scratch." in text_of(results)
     page = html.report(folder, folder / "report.html").read_text()
     assert "not measured" in page
 
@@ -122,6 +123,14 @@ def test_recognition_says_how_many_episodes_it_rests_on(study_folder):
     assert rate is not None
     assert rate.n < 0.5 * 300
     assert f"{rate.n} of 300 (full)" in text_of(results)
+
+
+def test_recognition_leads_only_where_every_treatment_has_it(study_folder):
+    folder = study_folder({"full": {VAL: (0.0, 0.5)}, "scratch": {VAL: (0.9, 0.9)}}, episodes=20)
+    results = tables.load(folder)
+    assert results.rate("full", VAL, "recognition") is None
+    assert conclusions.lead(results, "grinningface/place") == (VAL, "success")
+    assert "scratch lies above full" in conclusions.headline(results)
 
 
 def test_chance_depends_on_the_number_of_cards():

@@ -19,8 +19,7 @@ def headline(results: Results) -> str:
     where = f"{metric} on {_split_words(name)}"
     incomplete = " (preliminary)" if results.missing else ""
     if not pairs:
-        measured = [(t, results.rate(t, name, metric)) for t in results.treatments]
-        known = [f"{t} {_rate(rate)}" for t, rate in measured if rate]
+        known = [f"{t} {_rate(rate)}" for t in results.treatments if (rate := results.rate(t, name, metric))]
         return (f"{_capital(where)}: {'; '.join(known)}" if known else f"No {where} measured yet") + incomplete
     apart = [pair for pair in pairs if pair.apart]
     if not apart:
@@ -32,11 +31,16 @@ def headline(results: Results) -> str:
 
 
 def lead(results: Results, where: str) -> tuple[str, str]:
-    """The protocol and metric that a setting is judged by first: recognition of unseen emojis, where there is any."""
+    """The protocol and metric that a setting is judged by first: recognition of unseen emojis.
+
+    Success, where that was measured of no treatment, or of only some of those that were evaluated.
+    """
     names = [name for name in results.protocol_names if setting(name) == where]
     for wanted in UNSEEN:
         for name in names:
-            if split(name) == wanted and any(results.rate(t, name, "recognition") for t in results.treatments):
+            evaluated = [t for t in results.treatments if results.rate(t, name, "success")]
+            recognition = [t for t in evaluated if results.rate(t, name, "recognition")]
+            if split(name) == wanted and evaluated and recognition == evaluated:
                 return name, "recognition"
     return names[0], "success"
 
@@ -63,6 +67,9 @@ def _protocol(results: Results, name: str, metric: str) -> str:
     seeds = {row.treatment: row.seeds for row in results.rows if row.protocol == name}
     parts = [f"{t} {_rate(rate)} from {_seeds(seeds[t])}" for t, rate in rates.items()]
     sentences = [f"{'; '.join(parts)}."]
+    absent = [t for t in results.treatments if t not in rates]
+    if absent:
+        sentences.append(f"Not measured: {_list(absent)}.")
     if metric == "recognition":
         sentences += _against_chance(rates, results.chance.get(name))
         counted = [f"{rate.n} of {rate.n + rate.undefined} ({t})" for t, rate in rates.items() if rate.undefined]
@@ -119,8 +126,7 @@ def limits(results: Results) -> str:
         sentences.append(
             "Intervals cover the choice of episodes and of training seeds; with few seeds still too narrowly."
         )
-    num_pairs = sum(len(comparisons(results, *lead(results, where))) for where in results.settings)
-    if num_pairs > 1:
+    if len(results.treatments) > 2:
         sentences.append("Each interval is a 95 % one by itself, not adjusted for the number of comparisons.")
     if results.missing:
         sentences.append(
