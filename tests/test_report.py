@@ -133,6 +133,20 @@ def test_recognition_leads_only_where_every_treatment_has_it(study_folder):
     assert "scratch lies above full" in conclusions.headline(results)
 
 
+@pytest.mark.parametrize(
+    ("low", "estimate", "high", "said"),
+    [
+        (0.30, 0.40, 0.50, "full is not told from chance"),
+        (0.35, 0.40, 0.50, "full is above chance"),
+        (0.10, 0.20, 0.30, "full is below chance"),
+        (0.10, 0.20, 0.40, "full is not told from chance"),
+    ],
+)
+def test_chance_is_excluded_by_the_interval_alone(low: float, estimate: float, high: float, said: str):
+    rate = Rate(40, 100, estimate, low, high, "Wilson")
+    assert conclusions._against_chance({"full": rate}, 1 / 3) == [f"Chance is 33%: {said}."]
+
+
 def test_chance_depends_on_the_number_of_cards():
     assert tables.chance(VAL) == pytest.approx(1 / 3)
     assert tables.chance("grinningface/place-cards5/val/v1") == pytest.approx(1 / 5)
