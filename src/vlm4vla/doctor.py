@@ -28,6 +28,8 @@ print(int(renderer.render().max()))
 renderer.close()
 """
 RENDER_TIMEOUT_S = 60
+EMBEDDED_VLM = Path(__file__).parent / "backbones" / "tiny_vlm"
+"""``backbones.tiny.FOLDER``; that module needs torch."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,14 @@ def emoji_font() -> Finding:
         return Finding("emoji font", False, error.found, error.next_step)
 
 
+def embedded_vlm() -> Finding:
+    weights = EMBEDDED_VLM / "model.safetensors"
+    mend = f"install again, or make it anew: vlm4vla vlm train --out {EMBEDDED_VLM}"
+    if not weights.is_file():
+        return Finding("embedded VLM", False, f"no {weights}", mend)
+    return Finding("embedded VLM", True, f"{weights.stat().st_size / 2**20:.1f} MB")
+
+
 def memory() -> Finding:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return Finding("memory", True, "unknown on this system", needed=False)
@@ -152,6 +162,7 @@ CHECKS = (
     package("mujoco", "grinningface"),
     renderer,
     emoji_font,
+    embedded_vlm,
     memory,
     cores,
     disk,
