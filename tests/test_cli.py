@@ -18,6 +18,7 @@ from vlm4vla import doctor
 from vlm4vla.arguments import run_spec, study_file
 from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
+from vlm4vla.spec import RunSpec
 from vlm4vla.studies import matrix
 
 COMMAND = [sys.executable, "-m", "vlm4vla.cli"]
@@ -176,6 +177,7 @@ def test_overrides_reach_into_sections(tmp_path: Path):
     spec = run_spec(path, ("training.steps=9", "head.chunk=8", "data.folder=null", "training.schedule=cosine"))
     assert (spec.treatment, spec.training.steps, spec.head.chunk, spec.data.folder) == ("scratch", 9, 8, None)
     assert spec.training.schedule == "cosine"
+    assert run_spec(None, ("data.episodes=3",)).data.protocol == RunSpec().data.protocol
     with pytest.raises(UserError, match="no section"):
         run_spec(path, ("treatment.kind=full",))
 
@@ -207,3 +209,35 @@ def test_verbs_are_listed_in_the_order_of_use():
     names = module.cli.list_commands(click.Context(module.cli))
     positions = [names.index(verb) for verb in VERBS]
     assert positions == sorted(positions)
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_by_hand_from_the_expert_to_a_judged_policy(tmp_path: Path):
+    """The README's commands, each the next step that the one before it names (with an untrained tiny VLM)."""
+    from vlm4vla.backbones import tiny
+    from vlm4vla.backbones.vlm import save_vlm
+    from vlm4vla.skills.questions import words
+    from vlm4vla.skills.scenes import names
+
+    (tmp_path / "vlm").mkdir()
+    save_vlm(*tiny.build(names(), words(), 0), tmp_path / "vlm")
+    sets = ["--set", f"backbone={tmp_path / 'vlm'}", "--set", "data.episodes=2"]
+    sets += ["--set", "training.steps=2", "--set", "training.batch_size=4"]
+    protocol = "grinningface/place/val/dev"
+    chain = [
+        (["sims", "check", "grinningface"], "keeps the simulator protocol"),
+        (["sims", "demo", "grinningface", "--out", "look"], ".mp4"),
+        (["data", "record", *sets, "--out", "data"], "2 episodes"),
+        (["data", "inspect", "data"], "episodes"),
+        (["train", *sets, "--data", "data", "--out", "mine"], ""),
+        (["eval", "mine/policy", "--protocol", protocol, "--episodes", "2", "--strips", "1"], "n = 2"),
+    ]
+    for arguments, says in chain:
+        done = run(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert says in done.stdout
+        assert "next: " in done.stderr
+    assert (tmp_path / "mine" / "strips" / "grinningface-place-val-dev-0000.png").is_file()
+    again = run(*chain[-1][0], cwd=tmp_path)
+    assert again.stdout == done.stdout, "finished episodes are kept"

@@ -324,6 +324,7 @@ def sims_check(sim: str) -> None:
 
     check_sim(sim)
     click.echo(f"{sim}: keeps the simulator protocol")
+    next_step(f"vlm4vla sims demo {sim}; vlm4vla sims protocols")
 
 
 # -------------------------------------------------------------------------------------------------- doctor, completion
@@ -337,7 +338,7 @@ def doctor() -> None:
     lines, healthy = examine()
     click.echo("\n".join(lines))
     if not healthy:
-        raise UserError("a machine that cannot run the demo yet", "every line above with a tick", "make setup")
+        raise UserError("a machine that cannot run the demo yet", "`ok` in every line", "what the `mend` lines say")
     next_step("vlm4vla demo --smoke (3 min), or vlm4vla demo (20 min)")
 
 
