@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import click
@@ -139,6 +141,24 @@ def test_base_install_helps_plans_and_reports_without_torch(study_folder):
         )
         assert done.returncode == 0, done.stderr
     assert (folder / "report.html").is_file()
+
+
+def test_a_verb_that_needs_more_than_the_base_install_names_the_extra():
+    command = ["train", "--data", "nowhere", "--out", "x"]
+    done = subprocess.run(
+        [sys.executable, "-c", BASE_INSTALL, *command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "vlm4vla[train]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_extras_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {
+        re.split("[<>=]", line)[0]: name for name, lines in project["optional-dependencies"].items() for line in lines
+    }
+    assert {package: extra for package, extra in declared.items() if extra != "dev"} == module.EXTRAS
 
 
 def test_doctor_names_what_is_missing_and_what_mends_it(monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,11 @@ import click
 from vlm4vla import __version__
 from vlm4vla.errors import UserError, nearest
 
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors"), "train"),
+    **dict.fromkeys(("mujoco", "gymnasium", "av"), "grinningface"),
+}
+"""What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 out_option = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
@@ -359,6 +364,13 @@ def main() -> None:
         cli.main(prog_name="vlm4vla", standalone_mode=False)
     except UserError as error:
         click.echo(str(error), err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        mend = f"pip install 'vlm4vla[{extra}]'   (in the repository: make setup)"
+        click.echo(str(UserError(f"no package {error.name}", f"vlm4vla with the extra {extra!r}", mend)), err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

@@ -71,7 +71,7 @@ def installed(name: str) -> str | None:
 
 def package(name: str, extra: str) -> Callable[[], Finding]:
     def check() -> Finding:
-        mend = f"pip install -c constraints.txt 'vlm4vla[{extra}]'   (in the repository: make setup)"
+        mend = f"pip install 'vlm4vla[{extra}]'   (in the repository: make setup)"
         found = installed(name)
         return Finding(name, found is not None, found or "not installed", mend)
 
