@@ -1,7 +1,9 @@
 """The VLM stage of the embedded VLM, in two steps that both run through ``training.loop.fit``.
 
 1. ``Align``: each cell of the projected feature map is classified against the *word embeddings* of the emoji names
-   (region-text alignment, as CLIP does for whole pictures), and block and gripper are located. The LLM waits.
+   (region-text alignment, as CLIP does for whole pictures) and must tell its own row and column, and block and gripper
+   are located. The LLM waits. Without row and column "what is on the left" is learned and "where is X" is not: rotary
+   positions steer attention, but what attention then reads says nothing of the place.
 2. ``Instruct``: questions and answers about the scenes, next-token loss on the answers; everything is trained.
 
 B batch, N image tokens, L sequence, D hidden size, Q questions of a scene.
@@ -43,11 +45,15 @@ class Align(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))
         self.keypoints = nn.Linear(width, 2 * 3)
         """Per cell, for block and gripper: a logit and an offset inside the cell."""
+        self.own_place = nn.Linear(width, 2 * tiny.GRID)
+        """Row and column of the cell."""
         self.name_ids: Tensor
         self.register_buffer("name_ids", name_ids)
-        row, column = torch.meshgrid(torch.arange(tiny.GRID), torch.arange(tiny.GRID), indexing="ij")
+        rows, columns = torch.meshgrid(torch.arange(tiny.GRID), torch.arange(tiny.GRID), indexing="ij")
+        self.place: Tensor
+        self.register_buffer("place", torch.stack([columns, rows], -1).reshape(-1, 2))
         self.centres: Tensor
-        self.register_buffer("centres", (torch.stack([column, row], -1).reshape(-1, 2) + 0.5) / tiny.GRID)
+        self.register_buffer("centres", (self.place + 0.5) / tiny.GRID)
 
     def forward(
         self, features: Tensor, table: Tensor, cells: Tensor, points: Tensor
@@ -61,12 +67,15 @@ class Align(nn.Module):
         loss_cells = F.cross_entropy(logits.flatten(0, 1), cells.flatten(), weight=weight)
         raw = self.keypoints(features).unflatten(-1, (2, 3))  # (B, N, 2, 3)
         where = raw[..., 0].softmax(1).unsqueeze(-1) * (self.centres[:, None] + raw[..., 1:] / tiny.GRID)
+        own = self.own_place(features).unflatten(-1, (2, tiny.GRID)).flatten(0, 2)
+        loss_place = F.cross_entropy(own, self.place.repeat(len(features), 1).flatten())
         there = ~points.isnan().any(-1)
         loss_points = (where.sum(1) - points)[there].abs().mean()
         card = cells < len(classes) - 1
         accuracy = (logits.argmax(-1) == cells)[card].float().mean()
-        parts = {"loss_cells": loss_cells.detach(), "loss_points": loss_points.detach(), "cell_accuracy": accuracy}
-        return loss_cells + 5 * loss_points, parts
+        parts = {"loss_cells": loss_cells.detach(), "loss_points": loss_points.detach()}
+        parts |= {"loss_place": loss_place.detach(), "cell_accuracy": accuracy}
+        return loss_cells + loss_place + 5 * loss_points, parts
 
 
 class Stage:
