@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from vlm4vla.convention import Convention
-from vlm4vla.evaluation.protocols import Protocol, protocol
 from vlm4vla.evaluation.rollout import BatchPolicy, evaluate
 from vlm4vla.sims import make
+from vlm4vla.sims.protocols import Protocol, protocol
 from vlm4vla.studies.store import Store
 from vlm4vla.types import ActionChunk, EpisodeResult, Observation
 

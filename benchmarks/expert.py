@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 
-from vlm4vla.evaluation.protocols import DEV_SEED
 from vlm4vla.sims.grinningface.env import GrinningFace
 from vlm4vla.sims.grinningface.episode import LEVELS, VARIANTS
+from vlm4vla.sims.protocols import DEV_SEED
 
 DISTURBED = 0.4
 """Fraction of executed actions that are disturbed, as in recordings."""

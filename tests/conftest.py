@@ -11,7 +11,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from vlm4vla.evaluation.filmstrip import write_strip
-from vlm4vla.evaluation.protocols import protocol
+from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies import matrix
 from vlm4vla.studies.store import Store
 from vlm4vla.types import EpisodeResult

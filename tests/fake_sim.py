@@ -8,8 +8,8 @@ import numpy as np
 
 from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation.protocols import Protocol
 from vlm4vla.sims.base import StepOutcome
+from vlm4vla.sims.protocols import Protocol
 from vlm4vla.types import ActionChunk, Observation
 
 CONVENTION = Convention(

@@ -84,7 +84,7 @@ def protocol(name):
 
 def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
     """Put the stand-ins where the runner looks for the real ones."""
-    from vlm4vla.evaluation import protocols
+    from vlm4vla.sims import protocols
 
     for name, members in {
         "vlm4vla.data.record": {"record": record},

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation import protocols
-from vlm4vla.sims import check, make
+from vlm4vla.sims import check, make, protocols
 from vlm4vla.sims.grinningface import emoji, episode
 from vlm4vla.sims.grinningface.env import CONVENTION, PLACED_RADIUS, STATIC_JOINT_SPEED, GrinningFace
 from vlm4vla.sims.grinningface.episode import draw_episode

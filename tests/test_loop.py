@@ -70,16 +70,16 @@ def test_it_learns_logs_and_exports(tmp_path):
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     fit(Regression(), SPEC, 0, tmp_path / "whole", QUIET, "x")
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Interrupted(Regression):
         def loss(self, batch):
             if self.step == 27:
-                raise Stop
+                raise StopError
             return super().loss(batch)
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         fit(Interrupted(), SPEC, 0, tmp_path / "parts", QUIET, "x")
     fit(Regression(), SPEC, 0, tmp_path / "parts", QUIET, "x")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))

@@ -4,7 +4,7 @@ import pytest
 
 import fake_stages
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation import protocols
+from vlm4vla.sims import protocols
 from vlm4vla.spec import RunSpec
 from vlm4vla.studies.matrix import Study, curve_steps, load, plan
 from vlm4vla.studies.store import Store

@@ -15,9 +15,9 @@ from vlm4vla.data import record as recording
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.record import record, record_episode
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation import protocols
-from vlm4vla.evaluation.protocols import Protocol
+from vlm4vla.sims import protocols
 from vlm4vla.sims.base import StepOutcome
+from vlm4vla.sims.protocols import Protocol
 from vlm4vla.spec import DataSpec
 from vlm4vla.types import Observation
 
@@ -168,7 +168,7 @@ import sys
 from pathlib import Path
 from test_record import fake
 from vlm4vla.data.record import record
-from vlm4vla.evaluation import protocols
+from vlm4vla.sims import protocols
 from vlm4vla.spec import DataSpec
 if __name__ == "__main__":
     protocols.protocol = fake(step_s=0.01)

@@ -12,7 +12,7 @@ import pytest
 
 import fake_stages
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation import protocols
+from vlm4vla.sims import protocols
 from vlm4vla.spec import Runtime
 from vlm4vla.studies import runner
 from vlm4vla.studies.matrix import Study, curve_id, plan

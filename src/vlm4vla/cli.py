@@ -204,7 +204,7 @@ def evaluate(
     device: str,
 ) -> None:
     """Judge a policy folder in closed loop; finished episodes are kept, run again to resume."""
-    from vlm4vla.evaluation.protocols import protocol
+    from vlm4vla.sims.protocols import protocol
 
     wanted = [protocol(name) for name in protocols]  # a misspelt one is found before anything is loaded
     from vlm4vla.evaluation.rollout import evaluate as roll_out
@@ -294,7 +294,7 @@ def sims() -> None:
 @sims.command("protocols")
 def sims_protocols() -> None:
     """List the evaluation protocols."""
-    from vlm4vla.evaluation.protocols import protocol, protocol_names
+    from vlm4vla.sims.protocols import protocol, protocol_names
 
     rules: dict[str, list[str]] = {}
     for name in protocol_names():

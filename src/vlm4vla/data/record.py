@@ -28,10 +28,9 @@ from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import IMAGE, OWN_KEY, STATE, Dataset, vectors
 from vlm4vla.data.write import Episode, replacing, write
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation import protocols
-from vlm4vla.evaluation.protocols import DEMO_SEED, Protocol
-from vlm4vla.sims import make
+from vlm4vla.sims import make, protocols
 from vlm4vla.sims.base import Sim
+from vlm4vla.sims.protocols import DEMO_SEED, Protocol
 from vlm4vla.sims.worker import exit_with_parent
 from vlm4vla.spec import DataSpec
 

@@ -23,8 +23,8 @@ from vlm4vla.convention import Convention, check_same
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.filmstrip import write_strip
 from vlm4vla.evaluation.interval import wilson
-from vlm4vla.evaluation.protocols import Protocol
 from vlm4vla.sims.base import StepOutcome
+from vlm4vla.sims.protocols import Protocol
 from vlm4vla.sims.worker import Reply, Worker, WorkerFault, wait
 from vlm4vla.types import ActionChunk, EpisodeResult, Observation
 

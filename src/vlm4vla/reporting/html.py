@@ -17,10 +17,10 @@ from PIL import Image
 
 from vlm4vla import __version__
 from vlm4vla.evaluation.filmstrip import strip_path
-from vlm4vla.evaluation.protocols import protocol
 from vlm4vla.reporting import conclusions, plots, published
 from vlm4vla.reporting.plots import Point
 from vlm4vla.reporting.tables import METRICS, STUDY, Cell, Results, Row, load, pool, read_jsonl, setting, split
+from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies.runner import run_folder
 from vlm4vla.studies.stats import Rate
 

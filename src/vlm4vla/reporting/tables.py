@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation.protocols import protocol
+from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies import matrix, stats
 from vlm4vla.studies.stats import Difference, Rate
 from vlm4vla.studies.store import RunRow, Store

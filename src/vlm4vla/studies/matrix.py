@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from vlm4vla.errors import UserError, nearest
-from vlm4vla.evaluation import protocols
+from vlm4vla.sims import protocols
 from vlm4vla.spec import EvalSpec, RunSpec, Strict, load_yaml, parse
 from vlm4vla.studies.store import Status, Store
 

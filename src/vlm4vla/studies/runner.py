@@ -25,8 +25,8 @@ import yaml
 from tqdm import tqdm
 
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation import protocols
 from vlm4vla.evaluation.rollout import evaluate
+from vlm4vla.sims import protocols
 from vlm4vla.sims.worker import exit_with_parent
 from vlm4vla.spec import DataSpec, Runtime, content_hash, load_yaml
 from vlm4vla.studies.matrix import RESULTS, Cell, Study, curve_id, curve_steps, load, plan
