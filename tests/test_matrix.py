@@ -77,7 +77,7 @@ def test_the_same_run_is_one_cell(write):
         ("seed: [0, 1]", "seed: []", "no value for seed"),
         ("evaluate:", "evaluation:", r"unknown key \(nearest: evaluate\)"),
         ("fake/b/v1", "other/b/v1", "no protocol 'other/b/v1'"),
-        ("  data.protocol: fake/line/v1", "  data.episodes: 5", "without demonstrations"),
+        ("  data.protocol: fake/line/v1", "  data.protocol: null", "one of the two"),
         ("name: place", "name: ''", "at least 1 character"),
         ("matrix:", "matrix: [", "not YAML"),
     ],

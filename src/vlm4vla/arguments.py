@@ -15,9 +15,6 @@ def run_spec(path: Path | None, overrides: tuple[str, ...]) -> RunSpec:
     values = load_yaml(path) if path else {}
     for override in overrides:
         put(values, override)
-    data = values.get("data")
-    if isinstance(data, dict) and not {"protocol", "folder"} & data.keys():
-        data["protocol"] = RunSpec().data.protocol  # a section replaces its default as a whole
     return parse(RunSpec, values, " and ".join(filter(None, [str(path or ""), "--set" if overrides else ""])))
 
 

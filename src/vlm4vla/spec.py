@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlm4vla.errors import UserError, nearest
 
@@ -39,7 +39,7 @@ class HeadSpec(Strict):
 class DataSpec(Strict):
     """The demonstrations: a recording of ``protocol``'s expert, or a folder that already exists."""
 
-    protocol: str | None = None
+    protocol: str | None = "grinningface/place/train/v1"
     """Whose simulator and variant the expert is recorded in (with demonstration seeds), e.g.
     ``grinningface/place/train/v1``."""
     episodes: int = Field(default=400, ge=1)
@@ -48,7 +48,17 @@ class DataSpec(Strict):
     noise: float = Field(default=0.02, ge=0)
     """Standard deviation in metres of the disturbance put on some executed actions (the recorded label stays clean)."""
     folder: str | None = None
-    """A LeRobotDataset v3 folder to use instead of a recording. Its content hash enters the run id."""
+    """A LeRobotDataset v3 folder to use instead of a recording."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_or_protocol(cls, values: dict) -> dict:
+        """A folder takes the place of the default recording; to name both, or neither, is an error."""
+        default = cls.model_fields["protocol"].default if values.get("folder") is None else None
+        given = {"protocol": default, **values}
+        if (given["protocol"] is None) == (given.get("folder") is None):
+            raise ValueError("name the demonstrations by data.protocol or by data.folder, one of the two")
+        return given
 
 
 class TrainSpec(Strict):
@@ -83,7 +93,7 @@ class RunSpec(Strict):
     """``tiny`` (the embedded VLM), a local folder, or a hub id of an image-text-to-text model."""
     treatment: Treatment = "full"
     head: HeadSpec = HeadSpec()
-    data: DataSpec = DataSpec(protocol="grinningface/place/train/v1")
+    data: DataSpec = DataSpec()
     training: TrainSpec = TrainSpec()
     proprioception: bool = False
     """Give the head the robot's state as well. The paper gives it nothing but one camera and the instruction."""

@@ -75,10 +75,6 @@ class Study(Strict):
                 if all(_value(run, key) == value for key, value in override.when.items()):
                     flat |= override.set
                     run = self._run(flat)
-            if run.data.protocol is None and run.data.folder is None:
-                raise UserError(
-                    f"study {self.name}: a run without demonstrations", "data.protocol or data.folder", "mend the study"
-                )
             cells.setdefault(run.run_id, Cell(run, self.evaluate, labels))
         return list(cells.values())
 

@@ -1,0 +1,43 @@
+"""The identity of a run: what changes it, what does not, and what a wrong file is told."""
+
+import pytest
+
+from vlm4vla.errors import UserError
+from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse
+
+
+def test_anything_that_can_change_a_number_changes_the_run_id():
+    base = RunSpec()
+    others = [
+        {"treatment": "scratch"},
+        {"seed": 1},
+        {"data": {"episodes": 5}},
+        {"training": {"batch_size": 8}},
+        {"head": {"chunk": 3}},
+        {"proprioception": True},
+        {"backbone": "other"},
+    ]
+    assert len({base.run_id, *(RunSpec.model_validate(values).run_id for values in others)}) == 1 + len(others)
+
+
+def test_spelling_a_default_out_changes_nothing_and_runtime_is_no_part_of_it():
+    assert RunSpec.model_validate({"data": {"episodes": 400}, "training": {}}).run_id == RunSpec().run_id
+    assert not Runtime.model_fields.keys() & RunSpec.model_fields.keys()
+
+
+def test_demonstrations_come_from_a_protocol_or_a_folder():
+    assert DataSpec(episodes=5).protocol == DataSpec().protocol
+    assert DataSpec(folder="x").protocol is None
+    assert DataSpec.model_validate(DataSpec(folder="x").model_dump()) == DataSpec(folder="x")
+    for values in ({"protocol": "a", "folder": "x"}, {"protocol": None}):
+        with pytest.raises(UserError, match="one of the two"):
+            parse(DataSpec, values, "here")
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "just words"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        load_yaml(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match="no file"):
+        load_yaml(tmp_path / "none.yaml")
