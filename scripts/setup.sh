@@ -59,21 +59,12 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 # -- Python packages: torch first, so that nothing draws another build of it in ------------------------------------------
+# Without a GPU, pip's usual torch brings gigabytes of CUDA along; PIP_EXTRA_INDEX_URL can name an index of CPU builds.
 [ -x "$venv/bin/python" ] || { say "virtual environment $venv with $python"; "$python" -m venv "$venv"; }
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 torch=$(grep -E '^torch==' constraints.txt)
-index=()
-if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-    # PyPI's Linux wheels bring gigabytes of CUDA; the CPU build is 200 MB.
-    cpu_index=https://download.pytorch.org/whl/cpu
-    if "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$cpu_index/torch/', timeout=10)" 2>/dev/null; then
-        index=(--extra-index-url "$cpu_index")
-    else
-        say "$cpu_index cannot be reached: taking $torch from pip's own index"
-    fi
-fi
 say "$torch"
-"${pip[@]}" install -q "${index[@]}" "$torch"
+"${pip[@]}" install -q "$torch"
 say "vlm4vla and the rest, pinned by constraints.txt"
 "${pip[@]}" install -q -c constraints.txt -e ".[train,grinningface,dev]"
 say "set up; what this machine can do: $venv/bin/vlm4vla doctor"

@@ -58,11 +58,12 @@ def test_answers_are_true_of_the_scene():
                 assert (q.answer == "yes") == any(name in q.question.split(" a ")[1] for name in here)
             elif q.task == "left_of":
                 assert here[q.answer] == min(here[name] for name in here if name in q.question)
-            elif "block" in q.question:
-                assert q.answer == point_answer(scenes.block_uv[i])
-            elif "gripper" not in q.question:
-                name = next(name for name in here if q.question.endswith(name))
-                assert q.answer == point_answer(scenes.card_uv[i, here[name]])
+            elif q.name:
+                assert q.name in q.question
+                assert q.answer == point_answer(scenes.card_uv[i, here[q.name]])
+            else:
+                thing = scenes.block_uv[i] if q.question.endswith("block") else scenes.gripper_uv[i]
+                assert q.answer == point_answer(thing)
     assert tasks == {"where", "what", "left_of", "point", "present", "count"}
 
 

@@ -21,7 +21,7 @@ TRAIN_SCENES, TRAIN_SCENE_SEED = 24_000, 0
 TEST_SCENES, TEST_SCENE_SEED = 1_000, 1
 """Scores are on scenes of another seed than any that was trained on."""
 ALIGN = TrainSpec(steps=900, batch_size=64, learning_rate=2e-3, warmup_steps=40)
-INSTRUCT = TrainSpec(steps=3000, batch_size=32, learning_rate=2e-3, warmup_steps=40, schedule="cosine", checkpoints=6)
+INSTRUCT = TrainSpec(steps=2600, batch_size=32, learning_rate=2e-3, warmup_steps=40, schedule="cosine", checkpoints=4)
 
 
 def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:

@@ -22,17 +22,26 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 PLACE_PHRASES = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 OBJECTS = ("block", "gripper")
-INSTRUCTION_WORDS = (
+_FILLER = (
     "what action should the robotic arm take to pick and place it onto put set drop move bring take block cube card "
-    "on the grab lift over lay down"
+    "on a the grab lift over lay down"
 )
-"""Words of instructions; their embeddings are trained only where questions share them."""
+FILLER = tuple(_FILLER.split())
+"""Words between which names stand in free sentences, those of robot instructions among them."""
+CUES = {"where": "where", "point": "point"}
+FREE_SHARE = 0.5
+"""Share of ``where`` and ``point`` questions that are free sentences: a name somewhere among up to twelve random words.
+
+A web-scale VLM has met a name in every kind of sentence. This one, taught with short questions only, found the card for
+"where is the X" in 97 % and for "what action should the robotic arm take to place the block on X" hardly ever.
+No instruction of the robot occurs as such.
+"""
 
 
 def words() -> list[str]:
     """Every word of questions, answers and instructions, in a fixed order."""
     texts = [text for group in TEMPLATES.values() for text in group]
-    texts += [*PLACE_PHRASES.values(), *OBJECTS, *PLACES, *NUMBERS, "yes no none", INSTRUCTION_WORDS]
+    texts += [*PLACE_PHRASES.values(), *OBJECTS, *PLACES, *NUMBERS, "yes no none", *FILLER]
     return sorted({word for text in texts for word in text.replace("{}", " ").split()})
 
 
@@ -66,7 +75,7 @@ class Question:
     question: str
     answer: str
     name: str = ""
-    """The emoji that ``where`` and ``what`` are about."""
+    """The emoji that ``where``, ``what`` and ``point`` are about, where it is one."""
 
 
 def point_answer(uv: np.ndarray) -> str:
@@ -82,6 +91,9 @@ def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator) -> list[Ques
     name = [scenes.names[k] for k in present]
 
     def fill(task: str, *values: str) -> str:
+        if task in CUES and values[0] not in OBJECTS and rng.random() < FREE_SHARE:
+            before, after = rng.choice(FILLER, rng.integers(11)), rng.choice(FILLER, rng.integers(3))
+            return " ".join([CUES[task], *before, *values, *after])
         return TEMPLATES[task][rng.integers(len(TEMPLATES[task]))].format(*values)
 
     def absent() -> str:
@@ -107,7 +119,7 @@ def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator) -> list[Ques
                 thing = "block" if rng.random() < 0.6 and np.isfinite(scenes.block_uv[i, 0]) else "gripper"
                 uv = scenes.block_uv[i] if thing == "block" else scenes.gripper_uv[i]
                 return Question(task, fill(task, thing), point_answer(uv))
-            return Question(task, fill(task, name[k]), point_answer(scenes.card_uv[i, place[k]]))
+            return Question(task, fill(task, name[k]), point_answer(scenes.card_uv[i, place[k]]), name[k])
         if task == "present":
             here = rng.random() < 0.5
             return Question(task, fill(task, name[k] if here else absent()), "yes" if here else "no")
