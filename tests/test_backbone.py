@@ -85,7 +85,9 @@ def test_fast_pixels_equal_the_processor(vlm_and_processor, images):
     torch.testing.assert_close(pixels(np.stack(images)), native, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("treatment", ["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "scratch"])
+@pytest.mark.parametrize(
+    "treatment", ["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "freeze_vlm", "scratch"]
+)
 def test_frozen_stays_to_the_bit_and_trained_moves(treatment, images):
     torch.manual_seed(3)
     original, processor = tiny.build(NAMES, words(), seed=0)

@@ -21,7 +21,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Treatment = Literal["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "scratch"]
+Treatment = Literal["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "freeze_vlm", "scratch"]
 
 
 class HeadSpec(Strict):

@@ -16,6 +16,7 @@ FROZEN: dict[Treatment, tuple[str, ...]] = {
     "freeze_vision": ("vision",),
     "freeze_word_embedding": ("word_embedding",),
     "freeze_llm": ("llm",),
+    "freeze_vlm": ("vision", "projector", "llm", "word_embedding"),  # only query and head are trained
     "scratch": (),
 }
 
