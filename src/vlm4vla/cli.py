@@ -84,7 +84,7 @@ def demo(out: Path, smoke: bool, jobs: int) -> None:
 
 @cli.group(cls=Verbs)
 def vlm() -> None:
-    """Make the embedded VLM."""
+    """Make and question the embedded VLM."""
 
 
 @vlm.command("train")
@@ -95,14 +95,26 @@ def vlm() -> None:
 @threads_option
 def vlm_train(work: Path, out: Path, workers: int, device: str, threads: int) -> None:
     """Train the embedded VLM from nothing on generated scenes and score it on unseen ones; resumes."""
-    import json
-
     from vlm4vla.arguments import runtime
-    from vlm4vla.skills.build import build_vlm
+    from vlm4vla.skills.build import build_vlm, score_table
 
-    scores = build_vlm(work, out, runtime(workers=workers, device=device, threads=threads))
-    click.echo(json.dumps(scores, indent=2))
+    click.echo(score_table(build_vlm(work, out, runtime(workers=workers, device=device, threads=threads))))
     next_step(f"vlm4vla train --set backbone={out} --help")
+
+
+@vlm.command("score")
+@click.argument("folder", type=FOLDER, default=None, required=False)
+@click.option("--work", type=FOLDER, default=Path("runs/vlm"), show_default=True, help="Scenes are rendered into it.")
+@workers_option
+def vlm_score(folder: Path | None, work: Path, workers: int) -> None:
+    """Ask FOLDER's VLM (the shipped one without) questions about scenes that it never saw."""
+    from vlm4vla.arguments import runtime
+    from vlm4vla.backbones.tiny import FOLDER as SHIPPED
+    from vlm4vla.skills.build import score_folder, score_table, test_scenes
+
+    scenes = test_scenes(work, runtime(workers=workers))
+    click.echo(score_table(score_folder(folder or SHIPPED, scenes)))
+    next_step("vlm4vla demo")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

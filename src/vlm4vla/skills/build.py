@@ -26,8 +26,8 @@ INSTRUCT = TrainSpec(steps=2600, batch_size=32, learning_rate=2e-3, warmup_steps
 CARD = """# The embedded VLM
 
 A LLaVA of {parameters} parameters (SegFormer encoder at {size} px, two-layer projector, 3-layer Llama) that knows
-{emojis} emojis by name and where things are on a table. It stands in for a web-scale VLM where only two CPU cores are at
-hand: its knowledge covers *all* emojis, robot demonstrations cover some. Opens with plain transformers:
+{emojis} emojis by name and where things are on a table. It stands in for a web-scale VLM where only two CPU cores are
+at hand: its knowledge covers *all* emojis, robot demonstrations cover some. Opens with plain transformers:
 `AutoModelForImageTextToText.from_pretrained(folder)`.
 
 - **Made by** `vlm4vla vlm train`, from random weights and pictures that the project renders; no outside data.
@@ -40,12 +40,10 @@ hand: its knowledge covers *all* emojis, robot demonstrations cover some. Opens 
 Exact answers (greedy, whole vocabulary) on {test} rendered scenes of a seed never trained on, with Wilson's 95 %
 intervals. `where` and `what` also by emoji split: `val` and `hard` occur in no robot demonstration.
 
-| task | right | interval | questions |
-|---|---|---|---|
-{rows}
+{table}
 
-`where`: on which side is X (or none). `what`: which card is on the left, in the middle, on the right. `point`: cell of a
-12 x 12 grid, where a neighbouring cell counts as wrong. Half of `where` and `point` are free sentences.
+`where`: on which side is X (or none). `what`: which card is on the left, in the middle, on the right. `point`: cell of
+a 12 x 12 grid, where a neighbouring cell counts as wrong. Half of `where` and `point` are free sentences.
 """
 
 
@@ -58,7 +56,7 @@ def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:
     torch.set_num_threads(runtime.threads)
     size = tiny.IMAGE_SIZE
     train = make_scenes(TRAIN_SCENES, TRAIN_SCENE_SEED, size, work / "scenes", runtime.workers, runtime.progress)
-    test = make_scenes(TEST_SCENES, TEST_SCENE_SEED, size, work / "scenes", runtime.workers, runtime.progress)
+    test = test_scenes(work, runtime)
     identity = content_hash([names(), words(), ALIGN.model_dump(), INSTRUCT.model_dump(), TRAIN_SCENES])
     vlm, processor = tiny.build(names(), words(), SEED)
     fit(Stage(vlm, processor, train, instruct=False), ALIGN, SEED, work / "align", runtime, identity)
@@ -72,12 +70,16 @@ def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:
     return scores
 
 
+def score_table(scores: dict[str, dict[str, float]]) -> str:
+    """Markdown table of ``score``'s result."""
+    lines = ["| task | right | interval | questions |", "|---|---|---|---|"]
+    for task, row in scores.items():
+        lines.append(f"| {task} | {row['estimate']:.1%} | [{row['low']:.1%}, {row['high']:.1%}] | {row['n']} |")
+    return "\n".join(lines)
+
+
 def model_card(scores: dict[str, dict[str, float]], parameters: int) -> str:
     """Markdown; every figure in it comes from the arguments and this module's constants."""
-    rows = [
-        f"| {task} | {values['estimate']:.1%} | [{values['low']:.1%}, {values['high']:.1%}] | {values['n']} |"
-        for task, values in scores.items()
-    ]
     return CARD.format(
         parameters=f"{parameters / 1e6:.2f} million",
         size=tiny.IMAGE_SIZE,
@@ -89,8 +91,14 @@ def model_card(scores: dict[str, dict[str, float]], parameters: int) -> str:
         instruct_batch=INSTRUCT.batch_size,
         questions=QUESTIONS,
         test=f"{TEST_SCENES:,}",
-        rows="\n".join(rows),
+        table=score_table(scores),
     )
+
+
+def test_scenes(work: Path, runtime: Runtime) -> Scenes:
+    """The scenes that scores are on, rendered into ``work/scenes`` where they are missing."""
+    folder = work / "scenes"
+    return make_scenes(TEST_SCENES, TEST_SCENE_SEED, tiny.IMAGE_SIZE, folder, runtime.workers, runtime.progress)
 
 
 def score_folder(folder: Path, scenes: Scenes) -> dict:
