@@ -9,7 +9,7 @@ import torch
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.vlm import load_vlm
 from vlm4vla.sims.grinningface import emoji
-from vlm4vla.skills.questions import Scenes, words
+from vlm4vla.skills.questions import CUES, Scenes, words
 from vlm4vla.skills.scenes import make_scenes, names
 from vlm4vla.skills.score import score
 from vlm4vla.skills.stage import QUESTIONS, Stage
@@ -21,7 +21,9 @@ TRAIN_SCENES, TRAIN_SCENE_SEED = 24_000, 0
 TEST_SCENES, TEST_SCENE_SEED = 1_000, 1
 """Scores are on scenes of another seed than any that was trained on."""
 ALIGN = TrainSpec(steps=900, batch_size=64, learning_rate=2e-3, warmup_steps=40)
-INSTRUCT = TrainSpec(steps=2600, batch_size=32, learning_rate=2e-3, warmup_steps=40, schedule="cosine", checkpoints=4)
+INSTRUCT = TrainSpec(steps=3000, batch_size=32, learning_rate=2e-3, warmup_steps=40, schedule="cosine", checkpoints=6)
+SENTENCES = TrainSpec(steps=500, batch_size=32, learning_rate=1.5e-3, warmup_steps=40, schedule="cosine")
+FREE_SHARE = 0.5
 
 CARD = """# The embedded VLM
 
@@ -32,7 +34,7 @@ at hand: its knowledge covers *all* emojis, robot demonstrations cover some. Ope
 
 - **Made by** `vlm4vla vlm train`, from random weights and pictures that the project renders; no outside data.
 - **Training**: {scenes} scenes; {align} steps x {align_batch} of region-text alignment, then {instruct} steps x
-  {instruct_batch} scenes x {questions} questions.
+  {instruct_batch} scenes x {questions} short questions, then {sentences} steps with free sentences.
 - **Not for** anything else: it has never seen a photograph, and its vocabulary is a few hundred words.
 
 ## Scores
@@ -43,7 +45,8 @@ intervals. `where` and `what` also by emoji split: `val` and `hard` occur in no 
 {table}
 
 `where`: on which side is X (or none). `what`: which card is on the left, in the middle, on the right. `point`: cell of
-a 12 x 12 grid, where a neighbouring cell counts as wrong. Half of `where` and `point` are free sentences.
+a 12 x 12 grid, where a neighbouring cell counts as wrong. Free sentence: the name stands
+among up to twelve random words, as in a robot's instruction.
 """
 
 
@@ -62,8 +65,11 @@ def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:
     fit(Stage(vlm, processor, train, instruct=False), ALIGN, SEED, work / "align", runtime, identity)
     vlm, processor = load_vlm(str(work / "align" / "policy"))
     fit(Stage(vlm, processor, train, instruct=True), INSTRUCT, SEED, work / "instruct", runtime, identity)
-    scores = score_folder(work / "instruct" / "policy", test)
-    shutil.copytree(work / "instruct" / "policy", folder, dirs_exist_ok=True)
+    vlm, processor = load_vlm(str(work / "instruct" / "policy"))
+    sentences = Stage(vlm, processor, train, instruct=True, free_share=FREE_SHARE)
+    fit(sentences, SENTENCES, SEED, work / "sentences", runtime, identity)
+    scores = score_folder(work / "sentences" / "policy", test)
+    shutil.copytree(work / "sentences" / "policy", folder, dirs_exist_ok=True)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     parameters = sum(p.numel() for p in load_vlm(str(folder))[0].parameters())
     (folder / "README.md").write_text(model_card(scores, parameters))
@@ -90,6 +96,7 @@ def model_card(scores: dict[str, dict[str, float]], parameters: int) -> str:
         instruct=INSTRUCT.steps,
         instruct_batch=INSTRUCT.batch_size,
         questions=QUESTIONS,
+        sentences=SENTENCES.steps,
         test=f"{TEST_SCENES:,}",
         table=score_table(scores),
     )
@@ -105,4 +112,6 @@ def score_folder(folder: Path, scenes: Scenes) -> dict:
     """Scores by task over all emojis, and of ``where`` and ``what`` by emoji split."""
     vlm, processor = load_vlm(str(folder))
     split_of = {e.name: e.split for e in emoji.catalogue()}
-    return score(vlm, processor, scenes, TEST_SCENE_SEED, split_of)
+    plain = score(vlm, processor, scenes, TEST_SCENE_SEED, split_of)
+    free = score(vlm, processor, scenes, TEST_SCENE_SEED, split_of, free_share=1.0)
+    return plain | {f"{task}, free sentence": free[task] for task in CUES}

@@ -29,8 +29,7 @@ _FILLER = (
 FILLER = tuple(_FILLER.split())
 """Words between which names stand in free sentences, those of robot instructions among them."""
 CUES = {"where": "where", "point": "point"}
-FREE_SHARE = 0.5
-"""Share of ``where`` and ``point`` questions that are free sentences: a name somewhere among up to twelve random words.
+"""Tasks that can be asked in a free sentence: the cue, then a name somewhere among up to twelve random words.
 
 A web-scale VLM has met a name in every kind of sentence. This one, taught with short questions only, found the card for
 "where is the X" in 97 % and for "what action should the robotic arm take to place the block on X" hardly ever.
@@ -84,14 +83,18 @@ def point_answer(uv: np.ndarray) -> str:
     return f"x{x} y{y}"
 
 
-def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator) -> list[Question]:
-    """``num`` questions about scene ``i``. Row scenes: about a third each where, what and the rest."""
+def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator, free_share: float = 0.0) -> list[Question]:
+    """``num`` questions about scene ``i``. Row scenes: about a third each where, what and the rest.
+
+    Args:
+        free_share: share of ``where`` and ``point`` questions about cards that are free sentences.
+    """
     place = np.flatnonzero(scenes.cards[i] >= 0)
     present = scenes.cards[i, place].tolist()
     name = [scenes.names[k] for k in present]
 
     def fill(task: str, *values: str) -> str:
-        if task in CUES and values[0] not in OBJECTS and rng.random() < FREE_SHARE:
+        if free_share and task in CUES and values[0] not in OBJECTS and rng.random() < free_share:
             before, after = rng.choice(FILLER, rng.integers(11)), rng.choice(FILLER, rng.integers(3))
             return " ".join([CUES[task], *before, *values, *after])
         return TEMPLATES[task][rng.integers(len(TEMPLATES[task]))].format(*values)

@@ -17,19 +17,26 @@ MAX_ANSWER = 3
 
 @torch.no_grad()
 def score(
-    vlm: Any, processor: Processor, scenes: Scenes, seed: int, splits: Mapping[str, str], per_scene: int = 4
+    vlm: Any,
+    processor: Processor,
+    scenes: Scenes,
+    seed: int,
+    splits: Mapping[str, str],
+    per_scene: int = 4,
+    free_share: float = 0.0,
 ) -> dict[str, dict[str, float]]:
     """Share of exact answers (greedy, whole vocabulary) by task, and of ``where`` and ``what`` by emoji split too.
 
     Args:
         splits: emoji name -> split.
         per_scene: questions of each scene, drawn with ``seed``.
+        free_share: see ``questions.ask``.
 
     Returns:
         ``task`` or ``task/split`` -> ``{"right", "n", "estimate", "low", "high"}``, the last two Wilson's at 95 %.
     """
     rng = np.random.default_rng(seed)
-    asked = [(i, question) for i in range(len(scenes)) for question in ask(scenes, i, per_scene, rng)]
+    asked = [(i, question) for i in range(len(scenes)) for question in ask(scenes, i, per_scene, rng, free_share)]
     right: dict[str, list[bool]] = {}
     vlm.eval()
     for start in range(0, len(asked), BATCH):

@@ -1,10 +1,11 @@
-"""The VLM stage of the embedded VLM, in two steps that both run through ``training.loop.fit``.
+"""The VLM stage of the embedded VLM, in steps that all run through ``training.loop.fit``.
 
 1. ``Align``: each cell of the projected feature map is classified against the *word embeddings* of the emoji names
    (region-text alignment, as CLIP does for whole pictures) and must tell its own row and column, and block and gripper
    are located. The LLM waits. Without row and column "what is on the left" is learned and "where is X" is not: rotary
    positions steer attention, but what attention then reads says nothing of the place.
-2. ``Instruct``: questions and answers about the scenes, next-token loss on the answers; everything is trained.
+2. Questions and answers about the scenes, next-token loss on the answers; everything is trained. First short questions,
+   then half of ``where`` and ``point`` as free sentences: mixed from the start, no look-up formed in 2,000 steps.
 
 B batch, N image tokens, L sequence, D hidden size, Q questions of a scene.
 """
@@ -79,10 +80,11 @@ class Align(nn.Module):
 
 
 class Stage:
-    """Objective of both steps; ``instruct`` switches the questions on (see ``training.loop.Objective``)."""
+    """Objective of every step (see ``training.loop.Objective``); ``instruct`` switches the questions on."""
 
-    def __init__(self, vlm: VLM, processor: Processor, scenes: Scenes, instruct: bool):
+    def __init__(self, vlm: VLM, processor: Processor, scenes: Scenes, instruct: bool, free_share: float = 0.0):
         self.vlm, self.processor, self.scenes, self.instruct = vlm, processor, scenes, instruct
+        self.free_share = free_share
         self.num_samples = len(scenes)
         name_ids = processor.tokenizer.convert_tokens_to_ids(list(scenes.names))
         self.align = Align(vlm, torch.tensor(name_ids))
@@ -144,7 +146,10 @@ class Stage:
         """``<bos>``, the picture, then ``QUESTIONS`` questions that each see the picture and themselves only."""
         tokenizer, count = self.processor.tokenizer, tiny.GRID**2
         prefix = [tokenizer.bos_token_id] + [self.vlm.config.image_token_id] * count
-        rows = [[self.tokens(q.question, q.answer) for q in ask(self.scenes, i, QUESTIONS, rng)] for i in indices]
+        rows = [
+            [self.tokens(q.question, q.answer) for q in ask(self.scenes, i, QUESTIONS, rng, self.free_share)]
+            for i in indices
+        ]
         length = len(prefix) + max(sum(len(ids) for ids, _ in row) for row in rows)
         shape = (len(rows), length)
         ids = np.full(shape, tokenizer.pad_token_id)
