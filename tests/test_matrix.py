@@ -60,6 +60,11 @@ def test_a_study_spans_its_matrix(write):
     assert cells[0].evaluate.protocols == ("fake/a/v1", "fake/b/v1")
 
 
+def test_an_override_looks_for_the_number_that_yaml_reads_as_text(write):
+    cells = load(write(("when: {treatment: scratch}", "when: {training.learning_rate: 1e-3}"))).cells()
+    assert [c.run.training.steps for c in cells] == [600] * 6
+
+
 def test_the_same_run_is_one_cell(write):
     assert len(load(write(("seed: [0, 1]", "seed: [0, 0, 1]"))).cells()) == 6
     explicit = load(write(("steps: 300", f"steps: 300, batch_size: {RunSpec().training.batch_size}"))).cells()
@@ -80,6 +85,8 @@ def test_the_same_run_is_one_cell(write):
         ("  data.protocol: fake/line/v1", "  data.protocol: null", "one of the two"),
         ("name: place", "name: ''", "at least 1 character"),
         ("matrix:", "matrix: [", "not YAML"),
+        ("when: {treatment: scratch}", "when: {treatment: freeze_llm}", "no cell for the override.*freeze_llm"),
+        ("when: {treatment: scratch}", "when: {treatment: scrach}", "`when`: treatment: Input should be"),
     ],
 )
 def test_mistakes_name_what_was_meant(write, old, new, message):

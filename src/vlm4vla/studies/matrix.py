@@ -53,7 +53,7 @@ class Study(Strict):
         """The matrix's runs in its order, each once.
 
         Raises:
-            UserError: unknown keys, values that a run cannot have, or an empty list.
+            UserError: unknown keys, values that a run cannot have, an empty list, or an override that applies nowhere.
         """
         known = list(_leaves(RunSpec))
         keys = [*_flatten(self.base, known), *self.matrix]
@@ -66,17 +66,32 @@ class Study(Strict):
         empty = [key for key, values in self.matrix.items() if not values]
         if empty:
             raise UserError(f"study {self.name}: no value for {', '.join(empty)}", "a list", "mend the study")
+        overrides = [(self._when(override), override.set) for override in self.overrides]
+        applied = [False] * len(overrides)
         cells: dict[str, Cell] = {}
         for values in product(*self.matrix.values()):
             labels = dict(zip(self.matrix, values, strict=True))
             flat = {**_flatten(self.base, known), **labels}
             run = self._run(flat)
-            for override in self.overrides:
-                if all(_value(run, key) == value for key, value in override.when.items()):
-                    flat |= override.set
+            for i, (when, changes) in enumerate(overrides):
+                if all(_value(run, key) == value for key, value in when.items()):
+                    applied[i] = True
+                    flat |= changes
                     run = self._run(flat)
             cells.setdefault(run.run_id, Cell(run, self.evaluate, labels))
+        for override, used in zip(self.overrides, applied, strict=True):
+            if not used:
+                raise UserError(
+                    f"study {self.name}: no cell for the override `when: {override.when}`",
+                    "overrides that apply to at least one cell, in their order",
+                    "mend its values, or remove it",
+                )
         return list(cells.values())
+
+    def _when(self, override: Override) -> dict[str, Any]:
+        """The values as a run would have them: YAML reads ``1e-3`` as text."""
+        source = f"study {self.name}, an override's `when`"
+        return {key: _value(parse(RunSpec, _nest({key: value}), source), key) for key, value in override.when.items()}
 
     def _run(self, flat: dict[str, Any]) -> RunSpec:
         return parse(RunSpec, _nest(flat), f"study {self.name}")
