@@ -1,7 +1,7 @@
 """Stand-ins for recording, training and the policy, so that the study runner is tested without torch.
 
 What they do is written to ``calls.txt`` beside the study's ``data`` folder. A learning rate above 1 makes training
-fail; one of exactly 0.5 makes it kill its own process, once.
+fail, one of exactly 0.25 without a word; one of exactly 0.5 makes it kill its own process, once.
 """
 
 import json
@@ -36,6 +36,8 @@ def train(spec, data_folder, out, runtime):
     note(out.parent.parent, f"train {spec.run_id}")
     if spec.training.learning_rate > 1:
         raise RuntimeError("the loss is not finite")
+    if spec.training.learning_rate == 0.25:
+        raise MemoryError
     for step in range(1, spec.training.steps + 1):
         with (out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -124,6 +125,30 @@ def test_a_failing_cell_stops_no_other(folder, jobs):
     with Store(folder / "results.sqlite") as store:
         status = {run_id: (row.status, row.message) for run_id, row in store.runs().items()}
     assert status == {bad: ("failed", "the loss is not finite"), good: ("done", "")}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_without_words_is_told_by_its_type(folder, jobs):
+    small = study(overrides=[{"when": {"treatment": "full"}, "set": {"training.learning_rate": 0.25}}])
+    with pytest.raises(UserError, match=r"1 of 2 cells(?s:.*): MemoryError \(log"):
+        run(small, folder, QUIET, jobs)
+
+
+def test_a_failure_that_cannot_be_written_down_harms_no_other_cell(folder, monkeypatch):
+    small = study(overrides=[{"when": {"treatment": "full"}, "set": {"training.learning_rate": 2.0}}])
+    bad, good = [cell.run_id for cell in small.cells()]
+    (run_folder(folder, bad) / "log.txt").mkdir(parents=True)  # IsADirectoryError, as ENOSPC is an OSError
+    set_run = Store.set_run
+
+    def full(store, run_id, **changes):
+        if changes.get("status") == "failed":
+            raise sqlite3.OperationalError("database or disk is full")
+        set_run(store, run_id, **changes)
+
+    monkeypatch.setattr(Store, "set_run", full)
+    with pytest.raises(UserError, match=rf"1 of 2 cells(?s:.*){bad}: the loss is not finite"):
+        run(small, folder, QUIET)
+    assert {row.cell.run_id: row.status for row in plan(small, folder).rows}[good] == "done"
 
 
 def test_a_cell_killed_by_a_signal_is_told_and_mended_by_rerunning(folder):

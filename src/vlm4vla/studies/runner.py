@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ ORPHAN_S = 10.0
 """Processes of a runner that was killed end within a second or two (``exit_with_parent``); wait for them so long."""
 POLL_S = 0.5
 MESSAGE_SIZE = 2000
+UNWRITABLE = (OSError, sqlite3.Error, UserError)
+"""A failure that cannot be written down (a full disk may be its cause) is still told, and harms no other cell."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def run(study: Study, folder: Path, runtime: Runtime | None = None, jobs: int = 
         ready = [cell for run_id, cell in cells.items() if run_id not in {f.run_id for f in failures}]
         failures += (_run_here if jobs == 1 else _run_apart)(ready, folder, runtime, jobs)
     if failures:
-        listed = "".join(f"\n  {f.run_id}: {f.message.strip().splitlines()[0]} (log: {f.log})" for f in failures)
+        listed = "".join(f"\n  {f.run_id}: {f.message.splitlines()[0]} (log: {f.log})" for f in failures)
         raise UserError(
             f"{len(failures)} of {len(study.cells())} cells did not finish:{listed}",
             "finished cells (the others are kept and not repeated)",
@@ -104,10 +107,12 @@ def run_cell(cell: Cell, folder: Path, runtime: Runtime) -> None:
             _evaluate_cell(cell, out, store, runtime)
             store.set_run(cell.run_id, status="done")
         except Exception as error:
-            store.set_run(cell.run_id, status="failed", message=str(error)[:MESSAGE_SIZE])
+            with contextlib.suppress(*UNWRITABLE):
+                store.set_run(cell.run_id, status="failed", message=_words(error)[:MESSAGE_SIZE])
             raise
         finally:
-            store.set_run(cell.run_id, seconds=before + time.monotonic() - started)
+            with contextlib.suppress(*UNWRITABLE):
+                store.set_run(cell.run_id, seconds=before + time.monotonic() - started)
 
 
 def run_folder(folder: Path, run_id: str) -> Path:
@@ -170,7 +175,7 @@ def _record(cells: dict[str, Cell], folder: Path, runtime: Runtime) -> list[Fail
             record(users[0].run.data, target, runtime.workers, runtime.progress)
         except Exception as error:
             for cell in users:
-                failures.append(_failed(cell, folder, f"recording failed: {error}"))
+                failures.append(_failed(cell, folder, f"recording failed: {_words(error)}"))
     return failures
 
 
@@ -182,7 +187,7 @@ def _run_here(cells: list[Cell], folder: Path, runtime: Runtime, _: int) -> list
         try:
             run_cell(cell, folder, runtime)
         except Exception as error:
-            failures.append(_failed(cell, folder, str(error)))
+            failures.append(_failed(cell, folder, _words(error)))
     return failures
 
 
@@ -266,24 +271,31 @@ def _trained_steps(metrics: Path) -> int:
 
 def _failed(cell: Cell, folder: Path, message: str) -> Failure:
     """Write the exception being handled into the cell's log and the store."""
-    log = _log(folder, cell.run_id)
-    with log.open("a") as file:
+    failure = Failure(cell.run_id, message, run_folder(folder, cell.run_id) / "log.txt")
+    with contextlib.suppress(*UNWRITABLE), _log(folder, cell.run_id).open("a") as file:
         file.write(traceback.format_exc())
-    with Store(folder / RESULTS) as store:
+    with contextlib.suppress(*UNWRITABLE), Store(folder / RESULTS) as store:
         store.set_run(cell.run_id, status="failed", message=message[:MESSAGE_SIZE])
-    return Failure(cell.run_id, message, log)
+    return failure
 
 
 def _died(cell: Cell, folder: Path, code: int) -> Failure:
     """A cell's process that ended badly: by an exception, which it stored, or by a signal, which it could not."""
-    with Store(folder / RESULTS) as store:
+    if code < 0:
+        message = f"the process was ended by {signal.Signals(-code).name} (SIGKILL: is memory short?)"
+    else:
+        message = f"the process ended with status {code}"
+    with contextlib.suppress(*UNWRITABLE), Store(folder / RESULTS) as store:
         row = store.runs()[cell.run_id]
-        if code < 0:
-            message = f"the process was ended by {signal.Signals(-code).name} (SIGKILL: is memory short?)"
-        else:
-            message = row.message if row.status == "failed" else f"the process ended with status {code}"
+        if code > 0 and row.status == "failed":
+            message = row.message or message
         store.set_run(cell.run_id, status="failed", message=message)
-    return Failure(cell.run_id, message, _log(folder, cell.run_id))
+    return Failure(cell.run_id, message, run_folder(folder, cell.run_id) / "log.txt")
+
+
+def _words(error: Exception) -> str:
+    """The error's message; its type where it says nothing, as ``MemoryError`` does."""
+    return str(error).strip() or type(error).__name__
 
 
 def _log(folder: Path, run_id: str) -> Path:
