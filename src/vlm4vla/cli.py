@@ -220,13 +220,15 @@ def evaluate(
 
     wanted = [protocol(name) for name in protocols]  # a misspelt one is found before anything is loaded
     from vlm4vla.evaluation.rollout import evaluate as roll_out
-    from vlm4vla.policy import Policy
+    from vlm4vla.policy import Policy, weights_hash
     from vlm4vla.studies.stats import summarise
     from vlm4vla.studies.store import Store
 
     loaded = Policy.load(policy, device)
     store_path = store_path or policy.parent / "eval.sqlite"
-    run_id = loaded.spec.run_id
+    # A run has several policies (policies/step-*), and may be trained again: its id alone does not say which is judged.
+    step = f"@{policy.resolve().name}" if policy.resolve().name.startswith("step-") else ""
+    run_id = f"{loaded.spec.run_id}{step}-{weights_hash(policy)}"
     with Store(store_path) as store:
         for each in wanted:
             results = roll_out(

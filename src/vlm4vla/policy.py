@@ -4,6 +4,7 @@ Native units outside, normalised inside. A policy folder holds ``policy.json`` (
 ``action.safetensors`` (query and head) and ``vlm/`` (a plain transformers folder with its processor).
 """
 
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -173,6 +174,15 @@ def torch_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {name!r}, and torch sees no GPU", "a device that is there", "use --device cpu")
     return torch.device(name)
+
+
+def weights_hash(folder: Path) -> str:
+    """10 hex digits of the SHA-256 over a policy folder's weights files."""
+    digest = hashlib.sha256()
+    for path in [folder / "action.safetensors", *sorted((folder / "vlm").glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:10]
 
 
 def versions() -> dict[str, str]:
