@@ -54,8 +54,22 @@ def train(spec, data_folder, out, runtime):
 def save(folder, spec, skill):
     folder.mkdir(parents=True)
     skill *= 0.4 if spec.treatment == "scratch" else 1.0
-    values = {"skill": skill, "card": {"data_hash": "d" * 10, "versions": {"torch": "none"}}}
+    card = {"data_hash": "d" * 10, "backbone_hash": "tiny weights", "versions": {"torch": "none"}}
+    values = {"skill": skill, "card": card}
     (folder / "policy.json").write_text(json.dumps(values))
+
+
+def load_vlm(name):
+    return f"{name} weights", None
+
+
+class Dataset:
+    content_hash = "d" * 10
+
+    @classmethod
+    def open(cls, folder):
+        assert (folder / "whole").exists()
+        return cls()
 
 
 class Policy(fake_sim.FakePolicy):
@@ -89,8 +103,10 @@ def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
     from vlm4vla.sims import protocols
 
     for name, members in {
+        "vlm4vla.backbones.vlm": {"load_vlm": load_vlm},
+        "vlm4vla.data.lerobot": {"Dataset": Dataset},
         "vlm4vla.data.record": {"record": record},
-        "vlm4vla.training.imitation": {"train": train},
+        "vlm4vla.training.imitation": {"train": train, "weights_hash": lambda vlm: vlm},
         "vlm4vla.policy": {"Policy": Policy},
         "torch": {"set_num_threads": lambda threads: None},
     }.items():

@@ -102,6 +102,23 @@ def test_a_study_grows(folder):
         run(study(name="other"), folder, QUIET)
 
 
+def test_policies_of_other_weights_or_demonstrations_are_not_mixed(folder, monkeypatch):
+    """A run id holds the names of backbone and data, so only the hashes tell that their contents changed."""
+    run(study(), folder, QUIET)
+    before = calls(folder)
+    grown = study(seed=[0, 1])
+    for owner, name, value, said in (
+        (sys.modules["vlm4vla.backbones.vlm"], "load_vlm", lambda name: ("new weights", None), "the backbone.*now new"),
+        (fake_stages.Dataset, "content_hash", "e" * 10, "the demonstrations.*now eeee"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(UserError, match=rf"{folder}/runs/.*{said}(?s:.*)--out {folder}-new"):
+                run(grown, folder, QUIET)
+    assert calls(folder) == before, "nothing is trained beside them"
+    run(grown, folder, QUIET)
+
+
 def test_intermediate_policies_give_a_curve(folder):
     small = study(curve_episodes=2, **{"training.checkpoints": [4]})
     run(small, folder, QUIET)

@@ -57,7 +57,7 @@ def run(study: Study, folder: Path, runtime: Runtime | None = None, jobs: int = 
 
     Raises:
         UserError: at the end, naming the cells that failed and their logs; at once, where ``folder`` belongs to another
-            study or another process runs it.
+            study, holds policies of other weights or demonstrations than are here now, or another process runs it.
     """
     runtime = runtime or Runtime()
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +74,7 @@ def run(study: Study, folder: Path, runtime: Runtime | None = None, jobs: int = 
                 elif row.status == "done" and row.run != "done":  # killed after the last episode
                     store.set_run(run_id, status="done", message="")
         failures = _record(cells, folder, runtime)
+        _check_content(study.cells(), folder)
         ready = [cell for run_id, cell in cells.items() if run_id not in {f.run_id for f in failures}]
         failures += (_run_here if jobs == 1 else _run_apart)(ready, folder, runtime, jobs)
     if failures:
@@ -177,6 +178,36 @@ def _record(cells: dict[str, Cell], folder: Path, runtime: Runtime) -> list[Fail
             for cell in users:
                 failures.append(_failed(cell, folder, f"recording failed: {_words(error)}"))
     return failures
+
+
+def _check_content(cells: list[Cell], folder: Path) -> None:
+    """Policies in ``folder`` are of the weights and demonstrations that are here now: a run id holds their names only.
+
+    Demonstrations that were removed since are not compared.
+    """
+    trained = [cell for cell in cells if (run_folder(folder, cell.run_id) / "policy").is_dir()]
+    if not trained:
+        return
+    from vlm4vla.backbones.vlm import load_vlm
+    from vlm4vla.data.lerobot import Dataset
+    from vlm4vla.training.imitation import weights_hash
+
+    backbones = {name: weights_hash(load_vlm(name)[0]) for name in {cell.run.backbone for cell in trained}}
+    targets = {data_folder(cell.run.data, folder) for cell in trained}
+    data = {target: Dataset.open(target).content_hash for target in targets if target.is_dir()}
+    for cell in trained:
+        out, target = run_folder(folder, cell.run_id), data_folder(cell.run.data, folder)
+        card = json.loads((out / "policy" / "policy.json").read_text())["card"]
+        for what, was, now in (
+            (f"the backbone {cell.run.backbone!r}", card["backbone_hash"], backbones[cell.run.backbone]),
+            (f"the demonstrations {target}", card["data_hash"], data.get(target, card["data_hash"])),
+        ):
+            if was != now:
+                raise UserError(
+                    f"{out} was trained with other contents of {what} (hash {was[:10]}, now {now[:10]})",
+                    "a study's runs from the same weights and demonstrations",
+                    f"start over in a new folder: vlm4vla study run {folder / 'study.yaml'} --out {folder}-new",
+                )
 
 
 def _run_here(cells: list[Cell], folder: Path, runtime: Runtime, _: int) -> list[Failure]:
