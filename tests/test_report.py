@@ -1,5 +1,6 @@
 """The report: what it says is decided by the intervals, what is missing is listed, and the page stands alone."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,10 @@ from conftest import TRAIN, VAL, write_study
 from vlm4vla.errors import UserError
 from vlm4vla.reporting import conclusions, html, plots, published, tables
 from vlm4vla.reporting.published import judge
+from vlm4vla.studies.matrix import RESULTS
 from vlm4vla.studies.stats import MIN_SEEDS, Difference, Rate
+from vlm4vla.studies.store import Store
+from vlm4vla.types import EpisodeResult
 
 APART = {"full": {TRAIN: (0.95, 0.95), VAL: (0.9, 0.85)}, "scratch": {TRAIN: (0.9, 0.5), VAL: (0.9, 0.33)}}
 OVERLAPPING = {"full": {VAL: (0.9, 0.6)}, "freeze_vision": {VAL: (0.9, 0.6)}}
@@ -246,6 +250,25 @@ def test_the_page_shows_every_rate_run_and_protocol(page: tuple[tables.Results, 
         assert run.data_hash in text
     assert all(f"<h3>{name}</h3>" in text for name in results.protocol_names)
     assert "2.13.0" in text
+
+
+def test_a_run_card_names_the_weights_it_started_from(study_folder):
+    folder = study_folder({"full": {VAL: (0.9, 0.9)}}, seeds=(0,), episodes=3)
+    (card,) = folder.glob("runs/*/run.json")
+    card.write_text(json.dumps({**json.loads(card.read_text()), "backbone_hash": "fedcba9876"}))
+    assert "fedcba9876" in html.report(folder, folder / "report.html").read_text()
+
+
+def test_versions_are_of_all_episodes_and_several_are_said(study_folder):
+    folder = study_folder({"full": {VAL: (0.9, 0.9)}}, seeds=(0,), episodes=3)
+    with Store(folder / RESULTS) as store:
+        (run_id,) = store.runs()
+        store.add(run_id, EpisodeResult(VAL, 3, 7, True, 5, versions={"mujoco": "4.1.0", "gl": "egl"}))
+    study = folder / "study.yaml"
+    study.write_text(study.read_text().replace("episodes: 3", "episodes: 4"))
+    versions = html.context(tables.load(folder))["versions"]
+    assert versions["mujoco"] == "4.0.0, 4.1.0 (2 in one study)"
+    assert versions["torch"] == "2.13.0"
 
 
 def test_film_strips_and_every_plot_are_there(page: tuple[tables.Results, str]):

@@ -241,6 +241,7 @@ def _run_cards(results: Results) -> list[dict[str, Any]]:
                 "status": row.status if row else "planned",
                 "message": row.message if row else "",
                 "data_hash": (row.data_hash if row else "") or "–",
+                "backbone_hash": card.get("backbone_hash", "–"),
                 "steps": f"{int(rows[-1]['step']) if rows else 0:,} of {cell.step:,}",
                 "minutes": f"{row.seconds / 60:.1f}" if row and row.seconds else "–",
                 "samples_per_s": f"{rates[len(rates) // 2]:.0f}" if rates else "–",
@@ -262,10 +263,13 @@ def _parameters(card: dict[str, Any]) -> str:
 
 
 def _versions(results: Results) -> dict[str, str]:
-    """Versions of all runs and simulators; several of one package are all named."""
+    """Versions of all runs and of the simulators of all their episodes; several of one package are all named."""
     found: dict[str, set[str]] = {}
-    simulators = (cell.results[0].versions for cell in results.cells if cell.results)
-    for versions in [*(row.versions for row in results.runs.values()), *simulators]:
+    episodes = (result.versions for cell in (*results.cells, *results.curve) for result in cell.results)
+    for versions in (*(row.versions for row in results.runs.values()), *episodes):
         for name, value in versions.items():
             found.setdefault(name, set()).add(value)
-    return {name: ", ".join(sorted(values)) for name, values in sorted(found.items())}
+    return {
+        name: ", ".join(sorted(values)) + (f" ({len(values)} in one study)" if len(values) > 1 else "")
+        for name, values in sorted(found.items())
+    }
