@@ -108,6 +108,19 @@ def test_kill_9_and_rerun_gives_the_same_weights(tmp_path):
     assert same(weights(killed), weights(tmp_path / "whole"))
 
 
+def test_one_training_into_a_folder_at_a_time(tmp_path):
+    """The second would remove what the first is writing."""
+
+    class Meanwhile(Regression):
+        def export(self, folder):
+            with pytest.raises(UserError, match=f"another process at work on this training .process {os.getpid()}"):
+                fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+            super().export(folder)
+
+    fit(Meanwhile(), SPEC, 0, tmp_path, QUIET, "x")
+    assert (tmp_path / "policy").is_dir()
+
+
 def test_another_seed_gives_other_weights(tmp_path):
     fit(Regression(), SPEC, 0, tmp_path / "a", QUIET, "x")
     fit(Regression(), SPEC, 1, tmp_path / "b", QUIET, "x")

@@ -211,7 +211,7 @@ def test_kill_9_costs_only_the_episodes_in_progress(tmp_path, data, monkeypatch)
     wait_for(lambda: len(list(shards.glob("[0-9]*"))) >= 3, "three attempts")
 
     # Meanwhile the folder is taken ...
-    with pytest.raises(UserError, match=f"in use by the recording process {process.pid}"):
+    with pytest.raises(UserError, match=rf"another process at work on this recording \(process {process.pid} "):
         record(data, tmp_path / "demos", 1, progress=False)
     workers = children(process.pid)
     process.kill()

@@ -5,15 +5,12 @@ set is the shortest run of attempts 0, 1, 2, ... with ``data.episodes`` successe
 number of processes nor interruptions change a byte. Each finished attempt is a file of ``<folder>.partial/episodes``.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +25,7 @@ from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import IMAGE, OWN_KEY, STATE, Dataset, vectors
 from vlm4vla.data.write import Episode, replacing, write
 from vlm4vla.errors import UserError
+from vlm4vla.locks import locked
 from vlm4vla.sims import make, protocols
 from vlm4vla.sims.base import Sim
 from vlm4vla.sims.protocols import DEMO_SEED, Protocol
@@ -78,7 +76,7 @@ def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summar
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists() and not partial.exists():
         return _summary(folder, identity)
-    with _locked(partial):
+    with locked(partial / "lock", "recording"):
         if not folder.exists():
             _check_identity(partial / "recording.json", identity)
             shards = partial / "episodes"
@@ -251,23 +249,3 @@ def _summary(folder: Path, identity: dict) -> Summary:
             f"name another folder, or: rm -r {folder}",
         )
     return Summary(folder, dataset.num_episodes, dataset.num_frames, tuple(provenance["failed_seeds"]))
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Hold ``<partial>/lock``. The kernel lets go of it when this process ends, however it ends: no stale locks."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise UserError(
-                f"{partial}, in use by the recording process {lock.read() or 'unknown'}",
-                "one recording into a folder at a time",
-                "wait for it, or end it and run the command again",
-            ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield

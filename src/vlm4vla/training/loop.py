@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm4vla.errors import UserError
+from vlm4vla.locks import locked
 from vlm4vla.spec import Runtime, TrainSpec
 from vlm4vla.training import checkpoint
 
@@ -64,11 +65,15 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
         identity: what this training is of; a checkpoint of another one in ``out`` is refused.
 
     Raises:
-        UserError: the loss is not finite (the batch is saved), or ``out`` belongs to another run.
+        UserError: the loss is not finite (the batch is saved), ``out`` belongs to another run, or another process
+            trains into it.
     """
-    if (out / "policy").is_dir():
-        return
-    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / "training.lock", "training"):
+        if not (out / "policy").is_dir():
+            _fit(objective, spec, seed, out, runtime, identity)
+
+
+def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
     accelerator = Accelerator(
         cpu=runtime.device == "cpu",
         mixed_precision="bf16" if spec.precision == "bf16" else "no",
