@@ -321,12 +321,3 @@ def test_a_plot_leaves_out_what_was_not_measured():
         "t", ["a"], {"full": [html.point(None)], "scratch": [html.point(Rate(0, 0, float("nan"), 0, 1, ""))]}
     )
     assert "nan" not in empty.lower()
-
-
-def test_a_metrics_line_cut_short_is_passed_over_but_not_a_damaged_file(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
-    assert tables.read_jsonl(path) == [{"step": 10, "loss": 1.0}]
-    path.write_text('{"step": 10, "lo\n{"step": 20, "loss": 1.0}\n')
-    with pytest.raises(UserError, match="line 1"):
-        tables.read_jsonl(path)

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from vlm4vla.backbones import tiny
+from vlm4vla.metrics import read_metrics
 from vlm4vla.skills.questions import NUMBERS, PLACES, POINT_BINS, Scenes, ask, point_answer, words
 from vlm4vla.skills.score import score
 from vlm4vla.skills.stage import QUESTIONS, Stage, cell_labels
 from vlm4vla.spec import Runtime, TrainSpec
-from vlm4vla.training.loop import fit, read_metrics
+from vlm4vla.training.loop import fit
 
 NAMES = ("cat", "dog", "red apple", "ant")
 
@@ -120,7 +121,7 @@ def test_both_steps_learn(tmp_path):
     for name, loss in (("align", "loss_cells"), ("instruct", "loss_answer")):
         stage = Stage(vlm, processor, make_scenes(), instruct=name == "instruct")
         fit(stage, spec, 0, tmp_path / name, Runtime(device="cpu", progress=False), name)
-        rows = list(read_metrics(tmp_path / name / "metrics.jsonl"))
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
         assert rows[-1][loss] < 0.8 * rows[0][loss], name
 
 

@@ -17,9 +17,10 @@ from PIL import Image
 
 from vlm4vla import __version__
 from vlm4vla.evaluation.filmstrip import strip_path
+from vlm4vla.metrics import read_metrics
 from vlm4vla.reporting import conclusions, plots, published
 from vlm4vla.reporting.plots import Point
-from vlm4vla.reporting.tables import METRICS, STUDY, Cell, Results, Row, load, pool, read_jsonl, setting, split
+from vlm4vla.reporting.tables import METRICS, STUDY, Cell, Results, Row, load, pool, setting, split
 from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies.runner import run_folder
 from vlm4vla.studies.stats import Rate
@@ -152,7 +153,7 @@ def _rows_by_step(results: Results, treatment: str, name: str) -> list[tuple[int
 def _curves(results: Results) -> list[Markup]:
     rows = {}
     for cell in results.cells:
-        rows[cell.run_id] = cell.treatment, read_jsonl(run_folder(results.folder, cell.run_id) / "metrics.jsonl")
+        rows[cell.run_id] = cell.treatment, read_metrics(run_folder(results.folder, cell.run_id) / "metrics.jsonl")
     panels = []
     for key, title, log in CURVES:
         lines = [
@@ -231,7 +232,7 @@ def _run_cards(results: Results) -> list[dict[str, Any]]:
         row = results.runs.get(run_id)
         path = run_folder(results.folder, run_id) / "run.json"
         card = json.loads(path.read_text()) if path.is_file() else {}
-        rows = read_jsonl(run_folder(results.folder, run_id) / "metrics.jsonl")
+        rows = read_metrics(run_folder(results.folder, run_id) / "metrics.jsonl")
         rates = sorted(r["samples_per_s"] for r in rows if "samples_per_s" in r)
         cards.append(
             {

@@ -3,7 +3,6 @@
 Nothing here decides what to say (``conclusions.py``) or how it looks (``html.py``).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -211,18 +210,3 @@ def chance(name: str) -> float | None:
     if each.sim != "grinningface":
         return None
     return 1 / CARDS.get(each.sim_args["variant"], 3)
-
-
-def read_jsonl(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file; a last line cut short by a kill is passed over."""
-    rows = []
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number} is not JSON", "one JSON object a line", f"mend {path}"
-                ) from error
-    return rows

@@ -8,7 +8,6 @@ fails does not stop the others. With ``jobs`` > 1 each cell is a process of its 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -17,8 +16,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +24,8 @@ from tqdm import tqdm
 
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.rollout import evaluate
+from vlm4vla.locks import locked
+from vlm4vla.metrics import read_metrics
 from vlm4vla.sims import protocols
 from vlm4vla.sims.worker import exit_with_parent
 from vlm4vla.spec import DataSpec, Runtime, content_hash, load_yaml
@@ -61,7 +60,7 @@ def run(study: Study, folder: Path, runtime: Runtime | None = None, jobs: int = 
     """
     runtime = runtime or Runtime()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock", "study"):
+    with locked(folder / "lock", "study", ORPHAN_S):
         _write_study(study, folder)
         rows = plan(study, folder).rows
         cells = {row.cell.run_id: row.cell for row in rows if row.status != "done"}
@@ -93,7 +92,7 @@ def run_cell(cell: Cell, folder: Path, runtime: Runtime) -> None:
     """
     out = run_folder(folder, cell.run_id)
     started = time.monotonic()
-    with _locked(out / "lock", "run"), Store(folder / RESULTS) as store:
+    with locked(out / "lock", "run", ORPHAN_S), Store(folder / RESULTS) as store:
         before = store.runs()[cell.run_id].seconds if cell.run_id in store.runs() else 0.0
         try:
             if not (out / "policy").is_dir():
@@ -294,9 +293,10 @@ class _Line:
 
 
 def _trained_steps(metrics: Path) -> int:
-    """The step of the last whole row."""
-    with contextlib.suppress(OSError, json.JSONDecodeError, IndexError):
-        return json.loads(metrics.read_text().rsplit("\n", 2)[-2])["step"]
+    """The step of the last row."""
+    with contextlib.suppress(UserError):  # training itself says that the file is damaged
+        if rows := read_metrics(metrics):
+            return int(rows[-1]["step"])
     return 0
 
 
@@ -351,30 +351,6 @@ def _write_study(study: Study, folder: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock that the kernel lets go of when this process ends, however it ends.
-
-    Raises ``UserError`` where another process still holds it after ``ORPHAN_S``.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    give_up = time.monotonic() + ORPHAN_S
-    with path.open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    raise UserError(
-                        f"another process at work on this {what} (it holds {path})",
-                        "one process at a time",
-                        "wait for it, or end it and run this again",
-                    ) from None
-                time.sleep(0.1)
-        yield
 
 
 def main() -> None:

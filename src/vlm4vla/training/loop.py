@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from vlm4vla.errors import UserError
 from vlm4vla.locks import locked
+from vlm4vla.metrics import read_metrics
 from vlm4vla.spec import Runtime, TrainSpec
 from vlm4vla.training import checkpoint
 
@@ -161,7 +161,7 @@ class Metrics:
     """``metrics.jsonl``: rows after the checkpoint that training resumes from are dropped, as they are made again."""
 
     def __init__(self, path: Path, done: int):
-        rows = list(read_metrics(path)) if path.exists() else []
+        rows = read_metrics(path)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
         partial.replace(path)
@@ -170,15 +170,6 @@ class Metrics:
     def write(self, step: int, row: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """Rows of a ``metrics.jsonl``; a last line cut short by a kill is passed over."""
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 def _export(objective: Objective, trained: dict[str, nn.Parameter], average: dict[str, Tensor], folder: Path) -> None:
