@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
 from vlm4vla.spec import Runtime, TrainSpec
+from vlm4vla.training import checkpoint
 from vlm4vla.training.loop import fit, learning_rate, make_batch
 
 QUIET = Runtime(device="cpu", progress=False, checkpoint_s=0)
@@ -106,6 +108,23 @@ def test_kill_9_and_rerun_gives_the_same_weights(tmp_path):
     fit(Regression(), SPEC, 0, killed, QUIET, "x")
     fit(Regression(), SPEC, 0, tmp_path / "whole", QUIET, "x")
     assert same(weights(killed), weights(tmp_path / "whole"))
+
+
+def test_killed_right_after_a_checkpoint_no_policy_on_the_way_is_lost(tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def save_and_die(out, step, *rest):
+        checkpoint.save(out, step, *rest)
+        if step == 20:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm4vla.training.loop.checkpoint", SimpleNamespace(load=checkpoint.load, save=save_and_die))
+        with pytest.raises(KilledError):
+            fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+    fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+    assert (tmp_path / "policies" / "step-000020" / "weights.safetensors").is_file()
 
 
 def test_one_training_into_a_folder_at_a_time(tmp_path):

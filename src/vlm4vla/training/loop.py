@@ -130,11 +130,12 @@ def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: R
             accelerator.log(row, step=step + 1)
             bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['samples_per_s']:.0f}/s")
             window_start, pending = time.monotonic(), []
+            if step + 1 in exports and not last:
+                # Before the checkpoint: who goes on after it does not come by here again.
+                _export(objective, trained, average, out / "policies" / f"step-{step + 1:06d}")
             if last or step + 1 in exports or time.monotonic() - saved_at > runtime.checkpoint_s:
                 checkpoint.save(out, step + 1, trained, average, optimizer.optimizer, identity)
                 saved_at = time.monotonic()
-            if step + 1 in exports and not last:
-                _export(objective, trained, average, out / "policies" / f"step-{step + 1:06d}")
     bar.close()
     accelerator.end_training()
     _export(objective, trained, average, out / "policy")
