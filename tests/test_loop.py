@@ -177,6 +177,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         fit(Regression(), SPEC, 0, tmp_path, QUIET, "y")
 
 
+def test_a_finished_policy_is_kept_for_its_own_run_only(tmp_path):
+    fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+    before = (tmp_path / "policy").stat().st_ino
+    fit(Regression(bad_step=0), SPEC, 0, tmp_path, QUIET, "x")
+    assert (tmp_path / "policy").stat().st_ino == before
+    with pytest.raises(UserError, match="belongs to the run x"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET, "y")
+    (tmp_path / "finished.json").unlink()
+    with pytest.raises(UserError, match="belongs to the run unknown"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match=r"checkpoint\.safetensors"):

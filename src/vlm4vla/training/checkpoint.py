@@ -1,6 +1,7 @@
 """Training checkpoints: one safetensors file, replaced atomically. Nothing is ever unpickled."""
 
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -59,12 +60,14 @@ def load(
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: {error}", "a whole checkpoint", f"train again from the start: rm -r {out}") from error
+        raise UserError(
+            f"{path}: {error}", "a whole checkpoint", f"train again from the start: rm -r {shlex.quote(str(out))}"
+        ) from error
     if metadata["identity"] != identity:
         raise UserError(
             f"{path} belongs to the run {metadata['identity']}",
             f"a checkpoint of {identity}, or none",
-            f"train into another folder, or remove this one: rm -r {out}",
+            f"train into another folder, or remove this one: rm -r {shlex.quote(str(out))}",
         )
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -72,8 +72,6 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     Raises:
         UserError: unreadable data, an unknown backbone, or ``out`` belonging to another run.
     """
-    if (out / "policy").is_dir():
-        return
     torch.set_num_threads(runtime.threads)
     dataset = Dataset.open(data_folder)
     vlm, processor = load_vlm(spec.backbone)

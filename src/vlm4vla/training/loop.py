@@ -7,6 +7,8 @@ and a run that is killed at any moment and started again ends with the weights o
 
 import json
 import math
+import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +28,8 @@ from vlm4vla.training import checkpoint
 
 LOG_EVERY = 10
 """Steps between rows of ``metrics.jsonl``; the device is synchronised only then."""
+FINISHED = "finished.json"
+"""Says whose ``policy`` it stands beside. Not inside: an exported folder holds what the objective exports."""
 
 
 class Objective(Protocol):
@@ -59,17 +63,19 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
     """Train to ``spec.steps`` and export to ``out/policy``; start again to resume.
 
     Writes ``metrics.jsonl`` (one row each ``LOG_EVERY`` steps), ``checkpoint.safetensors``, ``policies/step-*`` (where
-    ``spec.checkpoints`` > 1) and at last ``policy``.
+    ``spec.checkpoints`` > 1) and at last ``policy``, with what it is of in ``finished.json``.
 
     Args:
-        identity: what this training is of; a checkpoint of another one in ``out`` is refused.
+        identity: what this training is of; a checkpoint or policy of another one in ``out`` is refused.
 
     Raises:
         UserError: the loss is not finite (the batch is saved), ``out`` belongs to another run, or another process
             trains into it.
     """
     with locked(out / "training.lock", "training"):
-        if not (out / "policy").is_dir():
+        if (out / "policy").is_dir():
+            _require_same(out, identity)
+        else:
             _fit(objective, spec, seed, out, runtime, identity)
 
 
@@ -138,6 +144,7 @@ def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: R
                 saved_at = time.monotonic()
     bar.close()
     accelerator.end_training()
+    _write(out / FINISHED, json.dumps({"identity": identity}))
     _export(objective, trained, average, out / "policy")
 
 
@@ -163,14 +170,35 @@ class Metrics:
 
     def __init__(self, path: Path, done: int):
         rows = read_metrics(path)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
-        partial.replace(path)
+        _write(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
         self.path = path
 
     def write(self, step: int, row: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+def _require_same(out: Path, identity: str) -> None:
+    """``out/policy`` is of this training."""
+    path, own = out / FINISHED, json.dumps({"identity": identity})
+    found = json.loads(path.read_text())["identity"] if path.is_file() else "unknown"
+    if found != identity:
+        vouch = "" if path.is_file() else f"; or, if you know it to be of this run, write {own} to {path}"
+        raise UserError(
+            f"{out / 'policy'} belongs to the run {found}",
+            f"a policy of {identity}, or none",
+            f"train into another folder, or remove this one: rm -r {shlex.quote(str(out))}{vouch}",
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write ``path`` so that it is whole or absent."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _export(objective: Objective, trained: dict[str, nn.Parameter], average: dict[str, Tensor], folder: Path) -> None:
