@@ -39,6 +39,7 @@ class ExpertSim:
     and run out of time. Each reset is a line in the file that EXPERT_LOG names."""
 
     convention = CONVENTION
+    versions = {"OpenGL": "a pencil"}  # noqa: RUF012
 
     def __init__(self, image_size, max_steps=40, fail=5, step_s=0.0, crash=None, expert=True):
         self.image_size, self.max_steps, self.fail = image_size, max_steps, fail
@@ -134,6 +135,12 @@ def test_an_episode_depends_on_its_seed_alone():
 def test_failures_and_timeouts_are_no_demonstrations():
     assert record_episode(ExpertSim(16), 10, 0.01, 60) is None
     assert record_episode(ExpertSim(16), 7, 0.01, 3) is None
+
+
+def test_the_provenance_names_what_drew_the_pictures(tmp_path, data):
+    record(data, tmp_path / "out", 1, progress=False)
+    provenance = Dataset.open(tmp_path / "out").info["vlm4vla"]["provenance"]
+    assert provenance["versions"] == {"OpenGL": ["a pencil"], "numpy": [np.__version__]}
 
 
 def test_two_processes_record_what_one_does(tmp_path, data, monkeypatch):

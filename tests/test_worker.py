@@ -1,5 +1,6 @@
 """The worker process and its protocol."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from fake_sim import CONVENTION
 from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
+from vlm4vla.sims.grinningface import emoji
+from vlm4vla.sims.grinningface.backend import choose_backend
 from vlm4vla.sims.worker import MAX_ARRAYS, PREFIX, FrameReader, Worker, WorkerFault, frame
 
 TESTS = str(Path(__file__).parent)
@@ -119,6 +122,23 @@ def test_worker_runs_an_episode(start):
 
     again = worker.ask("reset", seed=3, look=True).observation
     np.testing.assert_array_equal(again.images["main"], first.observation.images["main"])
+
+
+@pytest.mark.sim
+def test_the_worker_names_font_and_backend():
+    """Pixels depend on both."""
+    worker = Worker("grinningface", {"image_size": 32})
+    try:
+        found = worker.receive().made["versions"]
+    finally:
+        worker.kill()
+    assert found["OpenGL"] == choose_backend()
+    name, digest = found["emoji font"].split()
+    content = Path(emoji.font().path).read_bytes()
+    assert Path(emoji.font().path).name == name
+    assert hashlib.sha256(content).hexdigest().startswith(digest)
+    assert len(digest) == 10
+    assert "mujoco" in found
 
 
 def test_worker_has_no_torch():

@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from vlm4vla import __version__
+from vlm4vla import __version__, sims
 from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import IMAGE, OWN_KEY, STATE, Dataset, vectors
 from vlm4vla.data.write import Episode, replacing, write
 from vlm4vla.errors import UserError
 from vlm4vla.locks import locked
-from vlm4vla.sims import make, protocols
+from vlm4vla.sims import protocols
 from vlm4vla.sims.base import Sim
 from vlm4vla.sims.protocols import DEMO_SEED, Protocol
 from vlm4vla.sims.worker import exit_with_parent
@@ -86,7 +88,8 @@ def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summar
             failed = [_seed(data, attempt) for attempt in sorted(done) if not done[attempt]]
             convention = _load(_shard(shards, succeeded[0], True))[1]
             episodes = (_load(_shard(shards, attempt, True))[0] for attempt in succeeded)
-            provenance = {"recording": identity, "failed_seeds": failed}
+            versions = _versions([_shard(shards, attempt, True) for attempt in succeeded])
+            provenance = {"recording": identity, "failed_seeds": failed, "versions": versions}
             write(folder, episodes, convention, provenance, staging=partial / "dataset")
         summary = _summary(folder, identity)
         shutil.rmtree(partial)
@@ -177,7 +180,7 @@ def _run(proto: Protocol, data: DataSpec, attempt: int, shards: Path) -> tuple[i
     """Make one attempt and store it (in a recording process)."""
     global _sim
     if _sim is None:
-        _sim = make(proto.sim, image_size=data.image_size, **proto.sim_args)
+        _sim = sims.make(proto.sim, image_size=data.image_size, **proto.sim_args)
     try:
         episode = record_episode(_sim, _seed(data, attempt), data.noise, proto.max_steps)
     except NotImplementedError as error:
@@ -186,7 +189,7 @@ def _run(proto: Protocol, data: DataSpec, attempt: int, shards: Path) -> tuple[i
         if episode is None:
             path.touch()
         else:
-            _save(path, episode, _sim.convention)
+            _save(path, episode, _sim.convention, sims.versions(_sim))
     return attempt, episode is not None
 
 
@@ -200,30 +203,50 @@ def _shard(shards: Path, attempt: int, success: bool) -> Path:
     return shards / f"{attempt:06d}.{'parquet' if success else 'failed'}"
 
 
-def _save(path: Path, episode: Episode, convention: Convention) -> None:
+def _save(path: Path, episode: Episode, convention: Convention, versions: dict[str, str]) -> None:
     rest = {
         "pixels": {camera: counts.tolist() for camera, counts in episode.pixels.items()},
         "size": episode.size,
         "task": episode.task,
         "convention": convention.to_dict(),
+        "versions": versions,
     }
     table = episode.table().replace_schema_metadata({OWN_KEY: json.dumps(rest)})
     pq.write_table(table, path, use_dictionary=False)
 
 
 def _load(path: Path) -> tuple[Episode, Convention]:
-    try:
+    with _told(path):
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: damaged ({error})", "a recorded episode", f"rm {path}; run the command again"
-        ) from error
     rest = json.loads(table.schema.metadata[OWN_KEY.encode()])
     images = {camera: table[IMAGE + camera].combine_chunks().field("bytes").to_pylist() for camera in rest["pixels"]}
     pixels = {camera: np.array(counts) for camera, counts in rest["pixels"].items()}
     states = vectors(table, STATE) if STATE in table.column_names else None
     episode = Episode(images, pixels, tuple(rest["size"]), vectors(table, "action"), states, rest["task"])
     return episode, Convention.from_dict(rest["convention"])
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A damaged file is an error that says how to mend it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: damaged ({error})", "a recorded episode", f"rm {path}; run the command again"
+        ) from error
+
+
+def _versions(shards: list[Path]) -> dict[str, list[str]]:
+    """What the attempts were made with; an interrupted recording may have gone on with other versions."""
+    found: dict[str, set[str]] = {}
+    for path in shards:
+        with _told(path):
+            metadata = pq.read_schema(path).metadata or {}
+        # An attempt made before versions were stored names none.
+        for name, value in json.loads(metadata[OWN_KEY.encode()]).get("versions", {}).items():
+            found.setdefault(name, set()).add(value)
+    return {name: sorted(values) for name, values in sorted(found.items())}
 
 
 def _check_identity(path: Path, identity: dict) -> None:

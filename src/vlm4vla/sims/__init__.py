@@ -1,6 +1,7 @@
 """Simulators by name. Outsiders name theirs as ``module:Class``."""
 
 import importlib
+import sys
 from typing import Any
 
 from vlm4vla.errors import UserError, nearest
@@ -8,6 +9,9 @@ from vlm4vla.sims.base import Sim
 
 SIMS = {"grinningface": "vlm4vla.sims.grinningface.env:GrinningFace"}
 """Name -> ``module:Class``; imported on use, so that a simulator's packages are needed by its users only."""
+
+PACKAGES = ("numpy", "mujoco", "gymnasium", "mani_skill", "sapien", "robosuite", "pybullet")
+"""Those that a process has imported are named with their versions: they can change a result."""
 
 
 def make(name: str, **kwargs: Any) -> Sim:
@@ -29,3 +33,11 @@ def make(name: str, **kwargs: Any) -> Sim:
             f'pip install "vlm4vla[{name}]"' if name in SIMS else f"check that {module} is on PYTHONPATH",
         ) from error
     return cls(**kwargs)
+
+
+def versions(sim: Sim) -> dict[str, str]:
+    """What a result in ``sim`` depends on: the packages imported here, and what it names in an attribute ``versions``
+    (optional; GrinningFace: emoji font and OpenGL backend)."""
+    loaded = {name: sys.modules[name] for name in PACKAGES if name in sys.modules}
+    packages = {name: str(getattr(module, "__version__", "unknown")) for name, module in loaded.items()}
+    return {**packages, **getattr(sim, "versions", {})}

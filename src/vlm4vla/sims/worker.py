@@ -46,8 +46,6 @@ DTYPES = ("|u1", "<f4", "<f8")
 STDERR_TAIL = 4000
 """Bytes of a worker's stderr that a fault message quotes."""
 POLITE_EXIT_S = 2.0
-SIMULATION_PACKAGES = ("numpy", "mujoco", "gymnasium", "mani_skill", "sapien", "robosuite", "pybullet")
-"""Those that a worker has imported are reported with their versions: they can change a result."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -317,9 +315,7 @@ class Server:
         started = time.perf_counter()
         if do == "make":
             self.sim = sims.make(request["sim"], **request["kwargs"])
-            loaded = [name for name in SIMULATION_PACKAGES if name in sys.modules]
-            versions = {name: str(getattr(sys.modules[name], "__version__", "unknown")) for name in loaded}
-            made = {"convention": self.sim.convention.to_dict(), "versions": versions}
+            made = {"convention": self.sim.convention.to_dict(), "versions": sims.versions(self.sim)}
             return {"made": made, "seconds": {"make": time.perf_counter() - started}}, {}
         assert self.sim is not None, "make comes first"
         reply: dict[str, Any] = {}

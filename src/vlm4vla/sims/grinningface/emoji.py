@@ -1,5 +1,6 @@
 """Emojis: pictures from the system's colour-emoji font, names from Unicode, and the fixed splits of ``emojis.json``."""
 
+import hashlib
 import json
 import unicodedata
 from dataclasses import dataclass
@@ -11,20 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm4vla.errors import UserError
 
-FONTS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
-    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
-    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
-    "~/.local/share/fonts/NotoColorEmoji.ttf",
-    "~/.fonts/NotoColorEmoji.ttf",
-    "/System/Library/Fonts/Apple Color Emoji.ttc",
-    "C:/Windows/Fonts/seguiemj.ttf",
-)
+FONTS = tuple(Path(__file__).with_name("fonts.txt").read_text().splitlines())
+"""Where colour-emoji fonts are looked for, in this order; ``scripts/setup.sh`` reads the same file."""
 FONT_SIZES = (109, 160, 137)
 """Bitmap fonts render at their own size only: 109 Noto, 160 Apple; vector fonts (Segoe) at any."""
 SPLITS = ("train", "val", "hard")
 CATALOGUE = Path(__file__).with_name("emojis.json")
+CATALOGUE_FONT = "NotoColorEmoji.ttf e5899ed38b"
+"""``font_version`` of the font that ``emojis.json`` was chosen with: Debian 12's ``fonts-noto-color-emoji``."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,14 @@ def font() -> ImageFont.FreeTypeFont:
         "Noto Color Emoji (bitmaps), Apple Color Emoji or Segoe UI Emoji",
         "apt-get install fonts-noto-color-emoji (elsewhere: put NotoColorEmoji.ttf into ~/.local/share/fonts)",
     )
+
+
+@cache
+def font_version() -> str:
+    """File name of the font and the first 10 hex digits of its SHA-256: other fonts draw other pictures."""
+    path = Path(str(font().path))
+    with path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:10]}"
 
 
 def glyph(codepoint: int) -> Image.Image | None:

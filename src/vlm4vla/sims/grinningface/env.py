@@ -23,6 +23,8 @@ import numpy as np
 
 from vlm4vla.convention import Convention
 from vlm4vla.sims.base import StepOutcome
+from vlm4vla.sims.grinningface import emoji
+from vlm4vla.sims.grinningface.backend import choose_backend
 from vlm4vla.sims.grinningface.control import DOWN, euler_from_rotation, limit_command
 from vlm4vla.sims.grinningface.episode import Episode, check_names, draw_episode
 from vlm4vla.sims.grinningface.expert import next_action
@@ -83,6 +85,11 @@ class GrinningFace:
         self.episode: Episode | None = None
         self.steps, self.limited_steps, self.done = 0, 0, True
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """What else than packages decides on pixels: the emoji font and the OpenGL backend."""
+        return {"emoji font": emoji.font_version(), "OpenGL": choose_backend()}
+
     def reset(self, seed: int) -> None:
         episode = draw_episode(int(seed), self.level, self.split, self.variant)
         scene, data = self.scene, self.scene.data
@@ -97,7 +104,7 @@ class GrinningFace:
         data.ctrl[NUM_ARM:] = 0.0 if held else FINGER_OPEN
         mujoco.mj_step(scene.model, data, SETTLE_STEPS)
         scene.forward()
-        self.episode, self._cube_start = episode, scene.cube_position
+        self.episode = episode
         self.steps, self.limited_steps, self.done = 0, 0, False
 
     def execute(self, actions: np.ndarray) -> StepOutcome:
