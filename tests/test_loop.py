@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,6 +68,7 @@ def test_it_learns_logs_and_exports(tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert (tmp_path / "policies" / "step-000020").is_dir()
     assert not list(tmp_path.rglob("*.partial"))
+    assert not (tmp_path / "checkpoint.safetensors").exists(), "three times the weights"
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
@@ -120,7 +122,7 @@ def test_killed_right_after_a_checkpoint_no_policy_on_the_way_is_lost(tmp_path, 
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("vlm4vla.training.loop.checkpoint", SimpleNamespace(load=checkpoint.load, save=save_and_die))
+        patch.setattr("vlm4vla.training.loop.checkpoint", SimpleNamespace(**{**vars(checkpoint), "save": save_and_die}))
         with pytest.raises(KilledError):
             fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
     fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
@@ -163,16 +165,46 @@ def test_each_epoch_sees_every_sample_once():
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path):
-    with pytest.raises(UserError, match="step 13"):
+    with pytest.raises(UserError, match="loss not finite at step 13"):
         fit(Regression(bad_step=13), SPEC, 0, tmp_path, QUIET, "x")
     saved = load_file(tmp_path / "bad-batch-000013.safetensors")
     assert torch.equal(saved["x"], make_batch(Regression(), SPEC, 0, 13)["x"])
     assert not (tmp_path / "policy").exists()
 
 
+def test_a_gradient_that_is_not_finite_stops_there(tmp_path):
+    class Root(Regression):
+        """sqrt has no slope at 0, where its value is finite."""
+
+        def loss(self, batch):
+            loss, parts = super().loss(batch)
+            return loss + (loss * (self.step != 14)).sqrt() * 0.01, parts
+
+    with pytest.raises(UserError, match="gradient not finite at step 13"):
+        fit(Root(), SPEC, 0, tmp_path, QUIET, "x")
+    assert not list(tmp_path.rglob("weights.safetensors"))
+
+
+def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path):
+    class Overflow(Regression):
+        """Spoils a weight that the loss of the last step does not look at."""
+
+        def loss(self, batch):
+            if self.step < 39:
+                return super().loss(batch)
+            self.module[0].weight.data.fill_(float("inf"))
+            return self.module[2].bias.square().sum(), {"half": torch.zeros(())}
+
+    with pytest.raises(UserError, match="weights not finite at step 39"):
+        fit(Overflow(), SPEC, 0, tmp_path, QUIET, "x")
+    assert not (tmp_path / "policy").exists()
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "30"
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
-    (tmp_path / "policy").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="not finite"):
+        fit(Regression(bad_step=25), SPEC, 0, tmp_path, QUIET, "x")
     with pytest.raises(UserError, match="belongs to the run x"):
         fit(Regression(), SPEC, 0, tmp_path, QUIET, "y")
 

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -62,21 +62,23 @@ class Objective(Protocol):
 def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
     """Train to ``spec.steps`` and export to ``out/policy``; start again to resume.
 
-    Writes ``metrics.jsonl`` (one row each ``LOG_EVERY`` steps), ``checkpoint.safetensors``, ``policies/step-*`` (where
-    ``spec.checkpoints`` > 1) and at last ``policy``, with what it is of in ``finished.json``.
+    Writes ``metrics.jsonl`` (one row each ``LOG_EVERY`` steps), ``checkpoint.safetensors`` (until it is finished),
+    ``policies/step-*`` (where ``spec.checkpoints`` > 1) and at last ``policy``, with what it is of in
+    ``finished.json``.
 
     Args:
         identity: what this training is of; a checkpoint or policy of another one in ``out`` is refused.
 
     Raises:
-        UserError: the loss is not finite (the batch is saved), ``out`` belongs to another run, or another process
-            trains into it.
+        UserError: loss, gradient or weights are not finite (the batch is saved), ``out`` belongs to another run, or
+            another process trains into it.
     """
     with locked(out / "training.lock", "training"):
         if (out / "policy").is_dir():
             _require_same(out, identity)
         else:
             _fit(objective, spec, seed, out, runtime, identity)
+        (out / checkpoint.NAME).unlink(missing_ok=True)  # three times the weights, and of no more use
 
 
 def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
@@ -123,9 +125,11 @@ def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: R
         last = step + 1 == spec.steps
         if (step + 1) % LOG_EVERY == 0 or last or step + 1 in exports:
             rows = {name: torch.stack([row[name] for row in pending]).float().cpu() for name in pending[0]}
-            bad = (~torch.isfinite(rows["loss"])).nonzero()
+            finite = {name: rows[name].isfinite() for name in ("loss", "grad_norm")}
+            bad = (~(finite["loss"] & finite["grad_norm"])).nonzero()
             if len(bad):
-                _stop_on_bad_loss(objective, spec, seed, step + 1 - len(pending) + int(bad[0]), out)
+                what = "gradient" if finite["loss"][bad[0]] else "loss"
+                _stop(what, objective, spec, seed, step + 1 - len(pending) + int(bad[0]), out)
             seconds = time.monotonic() - window_start
             row = {name: round(float(values.mean()), 6) for name, values in rows.items()}
             row |= {
@@ -136,10 +140,13 @@ def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: R
             accelerator.log(row, step=step + 1)
             bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['samples_per_s']:.0f}/s")
             window_start, pending = time.monotonic(), []
+            keep = last or step + 1 in exports or time.monotonic() - saved_at > runtime.checkpoint_s
+            if keep and not all(value.isfinite().all() for value in (*trained.values(), *average.values())):
+                _stop("weights", objective, spec, seed, step, out)
             if step + 1 in exports and not last:
                 # Before the checkpoint: who goes on after it does not come by here again.
                 _export(objective, trained, average, out / "policies" / f"step-{step + 1:06d}")
-            if last or step + 1 in exports or time.monotonic() - saved_at > runtime.checkpoint_s:
+            if keep:
                 checkpoint.save(out, step + 1, trained, average, optimizer.optimizer, identity)
                 saved_at = time.monotonic()
     bar.close()
@@ -217,11 +224,11 @@ def _export(objective: Objective, trained: dict[str, nn.Parameter], average: dic
     partial.rename(folder)
 
 
-def _stop_on_bad_loss(objective: Objective, spec: TrainSpec, seed: int, step: int, out: Path) -> None:
+def _stop(what: str, objective: Objective, spec: TrainSpec, seed: int, step: int, out: Path) -> NoReturn:
     path = out / f"bad-batch-{step:06d}.safetensors"
     checkpoint.save_tensors(path, make_batch(objective, spec, seed, step), {"step": str(step)})
     raise UserError(
-        f"the loss of step {step} is not finite; its batch is in {path}",
-        "a finite loss",
+        f"{what} not finite at step {step}, whose batch is in {path}",
+        "finite loss, gradient and weights",
         f"look at the batch; if it is sound, lower learning_rate (now {spec.learning_rate}) and use a new folder",
     )
