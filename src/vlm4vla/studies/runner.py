@@ -196,7 +196,7 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
     data = {target: Dataset.open(target).content_hash for target in targets if target.is_dir()}
     for cell in trained:
         out, target = run_folder(folder, cell.run_id), data_folder(cell.run.data, folder)
-        card = json.loads((out / "policy" / "policy.json").read_text())["card"]
+        card: dict[str, str] = json.loads((out / "policy" / "policy.json").read_text())["card"]
         for what, was, now in (
             (f"the backbone {cell.run.backbone!r}", card["backbone_hash"], backbones[cell.run.backbone]),
             (f"the demonstrations {target}", card["data_hash"], data.get(target, card["data_hash"])),
