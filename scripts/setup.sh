@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up the virtual environment given as the first argument: system libraries, torch, then everything else, pinned.
+# For bash 3.2 as well, which macOS has.
 set -euo pipefail
 venv=${1:-.venv}
 cd "$(dirname "$0")/.."
@@ -24,9 +25,13 @@ python=$(find_python) || stop "found: no Python >= 3.11 on this machine" "expect
 # -- System libraries: a software renderer for MuJoCo, and a colour-emoji font -----------------------------------------
 # No `| grep -q` here: it closes the pipe early, which `pipefail` takes for a failure.
 has_library() { [[ $(ldconfig -p 2>/dev/null || /sbin/ldconfig -p) == *"$1"* ]]; }
+fonts=src/vlm4vla/sims/grinningface/fonts.txt
 has_emoji_font() {
-    # The folders in which fontconfig looks; fc-list itself is often not installed.
-    [ -n "$(find /usr/share/fonts /usr/local/share/fonts ~/.fonts ~/.local/share/fonts -iname '*NotoColorEmoji*' 2>/dev/null)" ]
+    local font
+    while read -r font; do
+        if [ -f "${font/#\~/$HOME}" ]; then return 0; fi
+    done <"$fonts"
+    return 1
 }
 missing_packages() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
@@ -36,20 +41,21 @@ missing_packages() {
     has_emoji_font || echo fonts-noto-color-emoji
 }
 install_packages() {
-    local as_root=()
-    [ "$(id -u)" = 0 ] || as_root=(sudo -n)
+    local as_root=env
+    [ "$(id -u)" = 0 ] || as_root="sudo -n env"
     command -v apt-get >/dev/null || return 1
-    [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null || return 1
-    "${as_root[@]}" apt-get update -qq || true # an offline mirror may still hold the packages
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
+    $as_root true 2>/dev/null || return 1
+    $as_root apt-get update -qq || true # an offline mirror may still hold the packages
+    $as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
 }
-mapfile -t missing < <(missing_packages)
-if [ ${#missing[@]} -gt 0 ]; then
-    say "system packages: ${missing[*]}"
-    install_packages "${missing[@]}" || true # judged by what is there afterwards
-    mapfile -t missing < <(missing_packages)
-    [ ${#missing[@]} -eq 0 ] || stop \
-        "found: these system packages are missing and could not be installed from here: ${missing[*]}" \
+missing=$(missing_packages | tr '\n' ' ')
+if [ -n "$missing" ]; then
+    say "system packages: $missing"
+    # shellcheck disable=SC2086 (words are meant to split)
+    install_packages $missing || true # judged by what is there afterwards
+    missing=$(missing_packages | tr '\n' ' ')
+    [ -z "$missing" ] || stop \
+        "found: these system packages are missing and could not be installed from here: $missing" \
         "expected: a software OpenGL (OSMesa and EGL), a colour-emoji font and Python's venv" \
         "next, as an administrator, one of" \
         "    apt-get install libosmesa6 libegl1 fonts-noto-color-emoji python3-venv" \

@@ -20,6 +20,7 @@ from vlm4vla import doctor
 from vlm4vla.arguments import run_spec, study_file
 from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
+from vlm4vla.sims.grinningface import emoji
 from vlm4vla.spec import RunSpec
 from vlm4vla.studies import matrix
 
@@ -178,6 +179,54 @@ def test_doctor_really_renders():
     found = doctor.renderer()
     assert found.ok
     assert "MuJoCo with" in found.found
+
+
+@pytest.mark.parametrize(("working", "ok", "said"), [("osmesa", True, "osmesa"), ("egl", False, "MUJOCO_GL=egl")])
+def test_doctor_judges_the_backend_that_the_simulator_chooses(monkeypatch: pytest.MonkeyPatch, working, ok, said):
+    monkeypatch.setattr("vlm4vla.sims.grinningface.backend.choose_backend", lambda: "osmesa")
+    monkeypatch.setattr(doctor, "renders", lambda backend: backend == working)
+    found = doctor.renderer()
+    assert found.ok is ok
+    assert said in found.found + found.mend
+
+
+def test_doctor_refuses_the_backends_that_the_simulator_refuses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MUJOCO_GL", "cgl")
+    monkeypatch.setattr(doctor, "renders", lambda backend: True)
+    assert not doctor.renderer().ok
+
+
+def test_doctor_says_where_the_font_is_not_the_one_emojis_were_chosen_with(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(emoji, "font_version", lambda: emoji.CATALOGUE_FONT)
+    assert doctor.emoji_font().ok
+    monkeypatch.setattr(emoji, "font_version", lambda: "NotoColorEmoji.ttf 0123456789")
+    found = doctor.emoji_font()
+    assert (found.ok, found.needed) == (False, False)
+    assert "0123456789" in found.found
+
+
+def has_emoji_font(home: Path, fonts: Path) -> bool:
+    """What ``scripts/setup.sh`` finds."""
+    text = (Path(__file__).parents[1] / "scripts" / "setup.sh").read_text()
+    function = re.search(r"^has_emoji_font\(\) \{.*?^\}", text, re.DOTALL | re.MULTILINE)[0]
+    script = f"set -euo pipefail; fonts={fonts}; {function}\nhas_emoji_font"
+    return subprocess.run(["bash", "-c", script], env={**os.environ, "HOME": str(home)}).returncode == 0
+
+
+def test_setup_looks_for_fonts_where_the_simulator_does(tmp_path: Path):
+    (tmp_path / "fonts.txt").write_text("/nowhere/a.ttf\n~/some fonts/b.ttf\n")
+    assert not has_emoji_font(tmp_path, tmp_path / "fonts.txt")
+    (tmp_path / "some fonts").mkdir()
+    (tmp_path / "some fonts" / "b.ttf").touch()
+    assert has_emoji_font(tmp_path, tmp_path / "fonts.txt")
+    listed = re.search(r"^fonts=(\S+)$", (Path(__file__).parents[1] / "scripts" / "setup.sh").read_text(), re.MULTILINE)
+    assert (Path(__file__).parents[1] / listed[1]).read_text().splitlines() == list(emoji.FONTS)
+
+
+def test_setup_runs_in_the_bash_of_macos():
+    """Bash 3.2: no mapfile, and an empty array is an unbound variable under ``set -u``."""
+    text = (Path(__file__).parents[1] / "scripts" / "setup.sh").read_text()
+    assert not re.search(r"\b(mapfile|readarray|declare -A)\b|=\(\)", text)
 
 
 def test_doctor_looks_for_the_embedded_vlm_where_it_is_loaded_from():

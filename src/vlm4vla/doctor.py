@@ -15,7 +15,6 @@ from vlm4vla.errors import UserError
 DEMO_MEMORY_GB = 4
 DEMO_DISK_GB = 2
 """Measured with ``make demo``: recordings, checkpoints and strips stay below it."""
-BACKENDS = ("osmesa", "egl", "glfw") if sys.platform.startswith("linux") else ("cgl", "glfw")
 RENDER = """
 import mujoco
 model = mujoco.MjModel.from_xml_string(
@@ -94,16 +93,21 @@ def device() -> Finding:
 
 
 def renderer() -> Finding:
-    """Really render with each backend, in a process of its own: a wrong one can abort the interpreter."""
+    """Really render with the backend that the simulator will choose, in a process of its own: a wrong one can abort
+    the interpreter."""
+    from vlm4vla.sims.grinningface.backend import BACKENDS, choose_backend
+
     if installed("mujoco") is None:
         return Finding("rendering", False, "unknown without mujoco", "make setup")
-    chosen = os.environ.get("MUJOCO_GL")
-    working = [backend for backend in ([chosen] if chosen else BACKENDS) if renders(backend)]
-    if working:
-        return Finding("rendering", True, "MuJoCo with " + ", ".join(working) + (" (MUJOCO_GL)" if chosen else ""))
-    if chosen:
-        return Finding("rendering", False, f"MUJOCO_GL={chosen} does not render", "unset MUJOCO_GL")
-    return Finding("rendering", False, f"none of {', '.join(BACKENDS)} renders", "apt-get install libosmesa6 libegl1")
+    try:
+        chosen = choose_backend()
+    except UserError as error:
+        return Finding("rendering", False, error.found, error.next_step)
+    if renders(chosen):
+        return Finding("rendering", True, f"MuJoCo with {chosen}")
+    others = [backend for backend in BACKENDS if backend != chosen and renders(backend)]
+    mend = f"export MUJOCO_GL={others[0]}" if others else BACKENDS[chosen]
+    return Finding("rendering", False, f"{chosen}, which the simulator chooses here, does not render", mend)
 
 
 def renders(backend: str) -> bool:
@@ -118,12 +122,17 @@ def renders(backend: str) -> bool:
 
 
 def emoji_font() -> Finding:
-    from vlm4vla.sims.grinningface.emoji import font
+    from vlm4vla.sims.grinningface.emoji import CATALOGUE_FONT, font, font_version
 
     try:
-        return Finding("emoji font", True, str(font().path))
+        path = str(font().path)
     except UserError as error:
         return Finding("emoji font", False, error.found, error.next_step)
+    if font_version() != CATALOGUE_FONT:
+        found = f"{path}: not the font the emojis were chosen with ({font_version()}, that was {CATALOGUE_FONT})"
+        mend = "Debian 12's fonts-noto-color-emoji, where numbers are to be compared; this one draws other pictures"
+        return Finding("emoji font", False, found, mend, needed=False)
+    return Finding("emoji font", True, path)
 
 
 def embedded_vlm() -> Finding:
