@@ -17,6 +17,7 @@ from torch import nn
 
 from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
+from vlm4vla.policy import torch_device
 from vlm4vla.spec import Runtime, TrainSpec
 from vlm4vla.training import checkpoint
 from vlm4vla.training.loop import fit, learning_rate, make_batch
@@ -140,6 +141,43 @@ def test_one_training_into_a_folder_at_a_time(tmp_path):
 
     fit(Meanwhile(), SPEC, 0, tmp_path, QUIET, "x")
     assert (tmp_path / "policy").is_dir()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "gpu"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    with pytest.raises(UserError, match=f"no device '{device}'"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET.model_copy(update={"device": device}), "x")
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch, capsys):
+    """On the meta device, which stands in for a second GPU."""
+    monkeypatch.setattr("vlm4vla.training.loop.torch_device", lambda name: torch.device("meta"))
+    seen = set()
+
+    class Spy(Regression):
+        def loss(self, batch):
+            seen.update(value.device.type for value in (*batch.values(), *self.module.parameters()))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(Spy(), SPEC, 0, tmp_path, QUIET, "x")
+    assert seen == {"meta"}
+
+
+def test_auto_says_which_device_it_takes(monkeypatch, capsys):
+    assert str(torch_device("auto")) in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(torch_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda:0", "cuda:0", "cuda:1"]
+
+
+def test_trainings_of_either_precision_in_one_process(tmp_path):
+    for number, precision in enumerate(("fp32", "bf16", "fp32")):
+        spec = SPEC.model_copy(update={"precision": precision})
+        fit(Regression(), spec, 0, tmp_path / str(number), QUIET, "x")
+    first, half, again = (weights(tmp_path / str(number)) for number in range(3))
+    assert same(first, again)
+    assert not same(first, half)
 
 
 def test_another_seed_gives_other_weights(tmp_path):

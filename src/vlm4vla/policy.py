@@ -7,6 +7,7 @@ Native units outside, normalised inside. A policy folder holds ``policy.json`` (
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -164,16 +165,19 @@ class Policy:
 
 
 def torch_device(name: str) -> torch.device:
-    """``auto`` -> the first GPU, else the CPU; anything else must exist.
+    """``auto`` -> the first GPU (CUDA, then Apple's), else the CPU, said on stderr; anything else must exist.
 
     Raises:
-        UserError: a GPU was asked for and torch sees none.
+        UserError: no such device here.
     """
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {name!r}, and torch sees no GPU", "a device that is there", "use --device cpu")
-    return torch.device(name)
+        print(f"device: {there[0]}", file=sys.stderr)
+        return torch.device(there[0])
+    if name not in there and not (name == "cuda" and "cuda:0" in there):
+        raise UserError(f"no device {name!r} here", f"auto, or one of {there}", f"use --device {there[0]}")
+    return torch.device("cuda:0" if name == "cuda" else name)
 
 
 def weights_hash(folder: Path) -> str:

@@ -17,12 +17,15 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm4vla.errors import UserError
 from vlm4vla.locks import locked
 from vlm4vla.metrics import read_metrics
+from vlm4vla.policy import torch_device
 from vlm4vla.spec import Runtime, TrainSpec
 from vlm4vla.training import checkpoint
 
@@ -71,7 +74,7 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
 
     Raises:
         UserError: loss, gradient or weights are not finite (the batch is saved), ``out`` belongs to another run, or
-            another process trains into it.
+            another process trains into it, or the device is not there.
     """
     with locked(out / "training.lock", "training"):
         if (out / "policy").is_dir():
@@ -82,12 +85,7 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
 
 
 def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
-    accelerator = Accelerator(
-        cpu=runtime.device == "cpu",
-        mixed_precision="bf16" if spec.precision == "bf16" else "no",
-        log_with=list(runtime.trackers) or None,
-        project_dir=out,
-    )
+    accelerator = _accelerator(torch_device(runtime.device), spec, runtime, out)
     if runtime.trackers:
         accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
     groups = objective.parameter_groups()
@@ -183,6 +181,18 @@ class Metrics:
     def write(self, step: int, row: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: Path) -> Accelerator:
+    """One for this training: Accelerate keeps the first device and precision of a process, and knows no ``cuda:1``."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with patch_environment(accelerate_torch_device=str(device)):
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="bf16" if spec.precision == "bf16" else "no",
+            log_with=list(runtime.trackers) or None,
+            project_dir=out,
+        )
 
 
 def _require_same(out: Path, identity: str) -> None:
