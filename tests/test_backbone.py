@@ -119,3 +119,29 @@ def test_scratch_is_another_draw_of_the_same_shape():
 def test_unknown_backbone_names_what_was_expected(tmp_path):
     with pytest.raises(UserError, match="image-text-to-text"):
         load_vlm(str(tmp_path))
+
+
+def test_pickled_weights_are_not_read(vlm_and_processor, tmp_path):
+    save_vlm(*vlm_and_processor, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(vlm_and_processor[0].state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_vlm(str(tmp_path))
+
+
+def test_weights_cut_short_are_named_and_nobody_is_sent_to_the_hub(vlm_and_processor, tmp_path):
+    save_vlm(*vlm_and_processor, tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="backbone") as caught:
+        load_vlm(str(tmp_path))
+    assert "hf download" not in str(caught.value)
+
+
+def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(UserError, match="OSError"):
+        load_vlm(str(tmp_path))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
@@ -33,20 +34,24 @@ PROMPT = "what action should the robotic arm take to {instruction}"
 def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
     """``tiny``, a local folder or a hub id -> fp32 model and processor, right padding.
 
+    Only safetensors are read: nothing is ever unpickled.
+
     Raises:
-        UserError: nothing there that transformers can open as an image-text-to-text model.
+        UserError: nothing there that transformers can open as an image-text-to-text model, or a damaged one.
     """
     source = str(tiny.FOLDER) if name == "tiny" else name
     if name == "tiny" and not (tiny.FOLDER / "model.safetensors").is_file():
         raise UserError(f"no weights in {tiny.FOLDER}", "the embedded VLM", "make them: vlm4vla vlm train")
     try:
         processor = AutoProcessor.from_pretrained(source)
-        vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        folder = Path(source).is_dir()
+        mend = "make or copy that folder again" if folder else "check the name, or download it: hf download <id>"
         raise UserError(
-            f"backbone {name!r}: {str(error).splitlines()[0]}",
-            "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model",
-            "check the name, or download it first: hf download <id>",
+            f"backbone {name!r}: {(str(error) or type(error).__name__).splitlines()[0]}",
+            "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model in safetensors",
+            mend,
         ) from error
     processor.tokenizer.padding_side = "right"
     return vlm, processor
