@@ -1,20 +1,24 @@
 """Policy folders: what is judged is what is named, and a damaged one says so."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from fake_sim import CONVENTION
 from vlm4vla.backbones import tiny
 from vlm4vla.cli import cli
 from vlm4vla.data.normalize import Normalizer
+from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA, Policy
 from vlm4vla.sims import protocols
 from vlm4vla.skills.questions import words
 from vlm4vla.spec import RunSpec
+from vlm4vla.types import Observation
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +64,43 @@ def test_two_policies_of_a_run_are_judged_apart(folder, tmp_path, monkeypatch):
     assert len({first, early, other}) == 3
     assert all(run_id.startswith(RunSpec().run_id) for run_id in judged)
     assert "step-000500" in early
+
+
+def damage(path, how):
+    if how == "gone":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "other":
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({**values, "convention": {"names": []}}))
+    elif how == "less":
+        path.write_text(json.dumps({"format": 1}))
+    elif how == "a list":
+        path.write_text("[]")
+    else:
+        save_file({name: value[:1].clone() for name, value in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *[("policy.json", how) for how in ("cut short", "other", "less", "a list")],
+        *[("action.safetensors", how) for how in ("gone", "cut short", "other shapes")],
+        *[("vlm/model.safetensors", how) for how in ("gone", "cut short")],
+    ],
+)
+def test_a_damaged_folder_says_so_and_what_to_do(folder, name, how):
+    damage(folder / name, how)
+    with pytest.raises(UserError, match="damaged") as caught:
+        Policy.load(folder)
+    assert str(folder / name.split("/")[0]) in caught.value.found
+    assert "train it again" in caught.value.next_step
+    assert "hf download" not in str(caught.value)
+
+
+def test_a_whole_folder_acts_as_what_was_saved(original):
+    a, b = Policy.load(original), Policy.load(original)
+    look = Observation({"main": np.full((96, 96, 3), 100, np.uint8)}, "place it on cat")
+    assert np.array_equal(a.predict([look])[0].actions, b.predict([look])[0].actions)
+    assert (a.spec, a.convention, a.image_size) == (RunSpec(), CONVENTION, 96)

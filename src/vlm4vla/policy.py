@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -137,31 +138,44 @@ class Policy:
         path = folder / "policy.json"
         if not path.is_file():
             raise UserError(f"no {path}", "a policy folder", "train one: vlm4vla train --help")
-        values = json.loads(path.read_text())
-        if values.get("format") != FORMAT:
+        try:
+            values = json.loads(path.read_text())
+            known = values.get("format") == FORMAT
+        except (ValueError, AttributeError) as error:
+            raise _damaged(path, error) from error
+        if not known:
             raise UserError(
                 f"{path} has format {values.get('format')!r}", f"format {FORMAT}", "train it again with this version"
             )
-        spec = parse(RunSpec, values["spec"], str(path))
-        vlm, processor = load_vlm(str(folder / "vlm"))
-        vla = VLA(vlm, processor, spec, values["state_size"])
-        action = load_file(folder / "action.safetensors")
-        if action.keys() != vla.new_parameters().keys():
-            raise UserError(
-                f"{folder}/action.safetensors holds {sorted(action)}", "query and head of its spec", "train it again"
-            )
-        vla.load_state_dict(action, strict=False)
-        state = Normalizer.from_dict(values["state"]) if values["state"] else None
-        policy = cls(
-            vla.to(torch_device(device)).eval(),
-            spec,
-            Convention.from_dict(values["convention"]),
-            Normalizer.from_dict(values["actions"]),
-            state,
-            values["image_size"],
-            values["card"],
-        )
-        return policy
+        try:
+            spec = parse(RunSpec, values["spec"], str(path))
+            convention = Convention.from_dict(values["convention"])
+            actions = Normalizer.from_dict(values["actions"])
+            state = Normalizer.from_dict(values["state"]) if values["state"] else None
+            state_size, image_size, card = (values[name] for name in ("state_size", "image_size", "card"))
+        except (KeyError, TypeError, UserError) as error:
+            raise _damaged(path, error) from error
+        try:
+            vlm, processor = load_vlm(str(folder / "vlm"))
+        except UserError as error:
+            raise _damaged(folder / "vlm", error) from error
+        vla = VLA(vlm, processor, spec, state_size)
+        path = folder / "action.safetensors"
+        try:
+            action = load_file(path)
+            if action.keys() != vla.new_parameters().keys():
+                raise ValueError(f"it holds {sorted(action)}")
+            vla.load_state_dict(action, strict=False)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: other shapes
+            raise _damaged(path, error) from error
+        return cls(vla.to(torch_device(device)).eval(), spec, convention, actions, state, image_size, card)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    why = error.found if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return UserError(
+        f"{path}, damaged ({why})", "what training wrote there", "copy the policy again, or train it again"
+    )
 
 
 def torch_device(name: str) -> torch.device:
