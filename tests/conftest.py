@@ -113,7 +113,8 @@ def _training(run: Path, steps: int, rng: np.random.Generator) -> None:
         "new_parameters": 300_000,
         "episodes": 400,
     }
-    (run / "run.json").write_text(json.dumps(card))
+    (run / "policy").mkdir()
+    (run / "policy" / "policy.json").write_text(json.dumps({"card": card}))
 
 
 def _frames(result: EpisodeResult, rng: np.random.Generator) -> list[np.ndarray]:

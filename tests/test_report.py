@@ -254,8 +254,8 @@ def test_the_page_shows_every_rate_run_and_protocol(page: tuple[tables.Results, 
 
 def test_a_run_card_names_the_weights_it_started_from(study_folder):
     folder = study_folder({"full": {VAL: (0.9, 0.9)}}, seeds=(0,), episodes=3)
-    (card,) = folder.glob("runs/*/run.json")
-    card.write_text(json.dumps({**json.loads(card.read_text()), "backbone_hash": "fedcba9876"}))
+    (card,) = folder.glob("runs/*/policy/policy.json")
+    card.write_text(json.dumps({"card": {**json.loads(card.read_text())["card"], "backbone_hash": "fedcba9876"}}))
     assert "fedcba9876" in html.report(folder, folder / "report.html").read_text()
 
 

@@ -230,8 +230,8 @@ def _run_cards(results: Results) -> list[dict[str, Any]]:
     cards = []
     for run_id, cell in {cell.run_id: cell for cell in results.cells}.items():
         row = results.runs.get(run_id)
-        path = run_folder(results.folder, run_id) / "run.json"
-        card = json.loads(path.read_text()) if path.is_file() else {}
+        path = run_folder(results.folder, run_id) / "policy" / "policy.json"
+        card = json.loads(path.read_text())["card"] if path.is_file() else {}
         rows = read_metrics(run_folder(results.folder, run_id) / "metrics.jsonl")
         rates = sorted(r["samples_per_s"] for r in rows if "samples_per_s" in r)
         cards.append(

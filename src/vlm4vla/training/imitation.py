@@ -1,8 +1,6 @@
 """Imitation learning of a policy: the objective behind ``vlm4vla train``."""
 
 import hashlib
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +65,7 @@ class Imitation:
 def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None:
     """Train ``spec`` on the data set in ``data_folder`` into ``out``: resumes, and does nothing when finished.
 
-    The result is the policy folder ``out/policy``; ``out/run.json`` says what was run.
+    The result is the policy folder ``out/policy``, whose card says what was run.
 
     Raises:
         UserError: unreadable data, an unknown backbone, or ``out`` belonging to another run.
@@ -95,10 +93,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     policy = Policy(vla, spec, dataset.convention, actions, state, dataset.image_size, card)
     out.mkdir(parents=True, exist_ok=True)
     identity = content_hash([spec.model_dump(mode="json"), dataset.content_hash, backbone_hash])
-    started = time.monotonic()
     fit(Imitation(policy, dataset), spec.training, spec.seed, out, runtime, identity)
-    finished = {"spec": spec.model_dump(mode="json"), **card, "seconds": round(time.monotonic() - started, 1)}
-    (out / "run.json").write_text(json.dumps(finished, indent=2))
 
 
 def weights_hash(vlm: torch.nn.Module) -> str:
@@ -106,5 +101,5 @@ def weights_hash(vlm: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(vlm.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:10]

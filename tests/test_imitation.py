@@ -1,0 +1,69 @@
+"""Training a policy: what stays in its folder, and whose a finished one is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fake_sim import CONVENTION
+from vlm4vla.backbones import tiny
+from vlm4vla.backbones.vlm import save_vlm
+from vlm4vla.data.write import Episode, write
+from vlm4vla.errors import UserError
+from vlm4vla.policy import Policy
+from vlm4vla.skills.questions import words
+from vlm4vla.spec import DataSpec, RunSpec, Runtime, TrainSpec
+from vlm4vla.training.imitation import train, weights_hash
+
+QUIET = Runtime(device="cpu", progress=False)
+
+
+def demonstrations(folder, seed=0):
+    rng = np.random.default_rng(seed)
+    actions = rng.normal(size=(2, 8, 7)).astype(np.float32)
+    actions[..., -1] = actions[..., -1] > 0
+    images = {"main": rng.integers(0, 256, (8, 96, 96, 3), np.uint8)}
+    write(folder, [Episode.encode(images, a, None, "place it on cat") for a in actions], CONVENTION, {})
+    return folder
+
+
+@pytest.fixture
+def spec(tmp_path):
+    (tmp_path / "vlm").mkdir()
+    save_vlm(*tiny.build(["cat"], words(), 0), tmp_path / "vlm")
+    training = TrainSpec(steps=2, batch_size=4)
+    return RunSpec(backbone=str(tmp_path / "vlm"), data=DataSpec(folder="demos"), training=training)
+
+
+def test_a_finished_policy_is_returned_for_the_same_run_only(spec, tmp_path):
+    demos, out = demonstrations(tmp_path / "demos"), tmp_path / "out"
+    train(spec, demos, out, QUIET)
+    made = (out / "policy").stat().st_mtime_ns
+    train(spec, demos, out, QUIET)
+    assert (out / "policy").stat().st_mtime_ns == made
+    with pytest.raises(UserError, match="belongs to the run"):
+        train(spec.model_copy(update={"seed": 1}), demos, out, QUIET)
+    with pytest.raises(UserError, match="belongs to the run"):
+        train(spec, demonstrations(tmp_path / "others", seed=1), out, QUIET)
+
+
+def test_all_that_is_known_of_a_run_appears_with_its_policy(spec, tmp_path):
+    """A file written after it would be lost by a kill between the two."""
+    train(spec, demonstrations(tmp_path / "demos"), tmp_path / "out", QUIET)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"policy", "finished.json", "metrics.jsonl", "training.lock"}
+    card = json.loads((tmp_path / "out" / "policy" / "policy.json").read_text())["card"]
+    assert (card["run_id"], card["episodes"], card["frames"]) == (spec.run_id, 2, 16)
+    assert Policy.load(tmp_path / "out" / "policy").spec == spec
+
+
+def test_the_hash_of_weights_tells_values_and_names_apart_whatever_their_shape():
+    def module(name, value):
+        made = torch.nn.Module()
+        made.register_parameter(name, torch.nn.Parameter(torch.tensor(value)))
+        return made
+
+    scalars = [module("scale", 1.0), module("scale", 2.0), module("other", 1.0), module("scale", [1.0, 2.0])]
+    assert len({weights_hash(each) for each in scalars}) == 4
+    assert weights_hash(scalars[0]) == weights_hash(module("scale", 1.0))
