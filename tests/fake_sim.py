@@ -106,3 +106,14 @@ def protocol(name="fake/line/v1", **sim_args):
     return Protocol(
         name=name, sim="fake_sim:FakeSim", sim_args=sim_args, first_seed=FIRST_SEED, max_steps=12, execute=3
     )
+
+
+def die(*_):
+    """A rendering process that ends."""
+    os._exit(1)
+
+
+def hang(path, *_):
+    """A rendering process that writes its id to ``path`` and does not end by itself."""
+    path.write_text(str(os.getpid()))
+    time.sleep(600)

@@ -6,6 +6,7 @@ import torch
 
 from vlm4vla.backbones import tiny
 from vlm4vla.metrics import read_metrics
+from vlm4vla.skills import build
 from vlm4vla.skills.questions import NUMBERS, PLACES, POINT_BINS, Scenes, ask, point_answer, words
 from vlm4vla.skills.score import score
 from vlm4vla.skills.stage import QUESTIONS, Stage, cell_labels
@@ -143,3 +144,39 @@ def test_the_score_counts_exact_answers_only(vlm_and_processor, monkeypatch):
     assert rates["where"]["n"] == len(where) == sum(rates[f"where/{s}"]["n"] for s in ("train", "val", "hard"))
     assert rates["where"]["right"] == sum(q.answer == "left" for q in where) > 0
     assert rates["what"]["right"] == rates["count"]["right"] == 0
+
+
+def test_a_resumed_build_draws_what_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    """Each step's own parameters are the same, whether the steps before it ran now or in an earlier start."""
+    drawn = {}
+
+    class Drawn(Stage):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            drawn.setdefault(len(starts), []).append(self.align.background.detach().clone())
+
+    spec = TrainSpec(steps=1, batch_size=2)
+    for name, value in {
+        "ALIGN": spec,
+        "INSTRUCT": spec,
+        "SENTENCES": spec,
+        "Stage": Drawn,
+        "names": lambda: NAMES,
+        "make_scenes": lambda *_: make_scenes(),
+        "score_folder": lambda *_: {"where": {"estimate": 1.0, "low": 0.9, "high": 1.0, "n": 5}},
+    }.items():
+        monkeypatch.setattr(build, name, value)
+    starts = []
+    for _ in range(2):
+        starts.append(1)
+        torch.manual_seed(len(starts))  # another process
+        build.build_vlm(tmp_path / "work", tmp_path / "vlm", Runtime(device="cpu", progress=False))
+    assert len(drawn[1]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(drawn[1], drawn[2], strict=True))
+    assert "| where | 100.0% |" in (tmp_path / "vlm" / "README.md").read_text()
+    assert not list((tmp_path / "vlm").glob(".*.partial"))
+
+
+def test_tokens_of_free_sentences_do_not_pile_up(vlm_and_processor):
+    stage = Stage(*vlm_and_processor, make_scenes(), instruct=True)
+    assert stage.tokens.cache_info().maxsize

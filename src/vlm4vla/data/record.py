@@ -8,7 +8,6 @@ number of processes nor interruptions change a byte. Each finished attempt is a 
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +30,7 @@ from vlm4vla.locks import locked
 from vlm4vla.sims import protocols
 from vlm4vla.sims.base import Sim
 from vlm4vla.sims.protocols import DEMO_SEED, Protocol
-from vlm4vla.sims.worker import exit_with_parent
+from vlm4vla.sims.worker import start_pool_process
 from vlm4vla.spec import DataSpec
 
 SEEDS_PER_RECORDING = 1_000_000
@@ -134,7 +133,7 @@ def _attempt(proto: Protocol, data: DataSpec, shards: Path, workers: int, progre
     done = {int(path.stem): path.suffix == ".parquet" for path in shards.glob("[0-9]*.*")}
     attempt, pending = 0, set[Future]()
     bar = tqdm(total=data.episodes, initial=sum(done.values()), unit="episode", disable=not progress, desc="recording")
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_pool_process, (os.getpid(),))
     try:
         while sum(done.values()) < data.episodes:
             while len(pending) < 2 * workers and sum(done.values()) + len(pending) < data.episodes:
@@ -169,11 +168,6 @@ def _attempt(proto: Protocol, data: DataSpec, shards: Path, workers: int, progre
 
 _sim: Sim | None = None
 """This recording process's simulator."""
-
-
-def _start_process(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
-    exit_with_parent(parent)
 
 
 def _run(proto: Protocol, data: DataSpec, attempt: int, shards: Path) -> tuple[int, bool]:

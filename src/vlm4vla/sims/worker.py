@@ -304,6 +304,12 @@ def exit_with_parent(parent: int, period_s: float = 1.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def start_pool_process(parent: int) -> None:
+    """Initialiser of a process pool's processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
+    exit_with_parent(parent)
+
+
 class Server:
     """Answers requests about one simulator."""
 

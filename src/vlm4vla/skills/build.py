@@ -8,11 +8,12 @@ import torch
 
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.vlm import load_vlm
+from vlm4vla.data.write import replacing
 from vlm4vla.sims.grinningface import emoji
-from vlm4vla.skills.questions import CUES, Scenes, words
-from vlm4vla.skills.scenes import make_scenes, names
+from vlm4vla.skills.questions import CUES, FILLER, TEMPLATES, Scenes, words
+from vlm4vla.skills.scenes import make_scenes, names, version
 from vlm4vla.skills.score import score
-from vlm4vla.skills.stage import QUESTIONS, Stage
+from vlm4vla.skills.stage import ALIGN_WEIGHT, BACKGROUND_WEIGHT, MAX_SHIFT, QUESTIONS, Stage
 from vlm4vla.spec import Runtime, TrainSpec, content_hash
 from vlm4vla.training.loop import fit
 
@@ -60,20 +61,35 @@ def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:
     size = tiny.IMAGE_SIZE
     train = make_scenes(TRAIN_SCENES, TRAIN_SCENE_SEED, size, work / "scenes", runtime.workers, runtime.progress)
     test = test_scenes(work, runtime)
-    identity = content_hash([names(), words(), ALIGN.model_dump(), INSTRUCT.model_dump(), TRAIN_SCENES])
+    align, instruct, sentences = identities()
     vlm, processor = tiny.build(names(), words(), SEED)
-    fit(Stage(vlm, processor, train, instruct=False), ALIGN, SEED, work / "align", runtime, identity)
+    fit(Stage(vlm, processor, train, instruct=False), ALIGN, SEED, work / "align", runtime, align)
     vlm, processor = load_vlm(str(work / "align" / "policy"))
-    fit(Stage(vlm, processor, train, instruct=True), INSTRUCT, SEED, work / "instruct", runtime, identity)
+    # A Stage draws parameters of its own: the same ones where the steps before it were made by an earlier start.
+    torch.manual_seed(SEED + 1)
+    fit(Stage(vlm, processor, train, instruct=True), INSTRUCT, SEED, work / "instruct", runtime, instruct)
     vlm, processor = load_vlm(str(work / "instruct" / "policy"))
-    sentences = Stage(vlm, processor, train, instruct=True, free_share=FREE_SHARE)
-    fit(sentences, SENTENCES, SEED, work / "sentences", runtime, identity)
+    torch.manual_seed(SEED + 2)
+    last = Stage(vlm, processor, train, instruct=True, free_share=FREE_SHARE)
+    fit(last, SENTENCES, SEED, work / "sentences", runtime, sentences)
     scores = score_folder(work / "sentences" / "policy", test)
     shutil.copytree(work / "sentences" / "policy", folder, dirs_exist_ok=True)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     parameters = sum(p.numel() for p in load_vlm(str(folder))[0].parameters())
-    (folder / "README.md").write_text(model_card(scores, parameters))
+    for name, text in (
+        ("scores.json", json.dumps(scores, indent=2) + "\n"),
+        ("README.md", model_card(scores, parameters)),
+    ):
+        with replacing(folder / name) as partial:
+            partial.write_text(text)
     return scores
+
+
+def identities() -> tuple[str, str, str]:
+    """What the three steps are of: each step's constants and those of the steps before it."""
+    scenes = [version(), TRAIN_SCENES, TRAIN_SCENE_SEED, tiny.IMAGE_SIZE]
+    align = content_hash([names(), words(), scenes, SEED, BACKGROUND_WEIGHT, MAX_SHIFT, ALIGN.model_dump()])
+    instruct = content_hash([align, TEMPLATES, QUESTIONS, ALIGN_WEIGHT, INSTRUCT.model_dump()])
+    return align, instruct, content_hash([instruct, CUES, FILLER, FREE_SHARE, SENTENCES.model_dump()])
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> str:

@@ -3,14 +3,20 @@
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from vlm4vla.data.write import replacing
+from vlm4vla.errors import UserError
 from vlm4vla.sims.grinningface import emoji
 from vlm4vla.sims.grinningface.stage import Stage, StagedScene
+from vlm4vla.sims.worker import start_pool_process
 from vlm4vla.skills.questions import Scenes
+from vlm4vla.spec import content_hash
 
 SHARD = 500
 MAX_CARDS = 9
@@ -27,20 +33,36 @@ def names() -> tuple[str, ...]:
     return tuple(e.name for e in emoji.catalogue())
 
 
+def version() -> str:
+    """10 hex digits of what decides on the scenes of a seed and a size: emojis, their font, this module's constants."""
+    emojis = [asdict(each) for each in emoji.catalogue()]
+    return content_hash([emojis, emoji.font_version(), SHARD, MAX_CARDS, ROW_SHARE, COLOUR_SHARE, MIN_VISIBLE])
+
+
 def make_scenes(num: int, seed: int, image_size: int, folder: Path, workers: int = 2, progress: bool = True) -> Scenes:
     """``num`` scenes (rounded up to whole shards) in ``folder``; finished shards are read, missing ones rendered.
 
     Raises:
-        UserError: no emoji font or no OpenGL.
+        UserError: no emoji font, no OpenGL, or a rendering process died.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"scenes-{image_size}px-seed{seed}-{k:04d}.npz" for k in range(-(-num // SHARD))]
+    stem = f"scenes-{version()}-{image_size}px-seed{seed}"
+    paths = [folder / f"{stem}-{k:04d}.npz" for k in range(-(-num // SHARD))]
     missing = [(path, seed, k, image_size) for k, path in enumerate(paths) if not path.exists()]
     if missing:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context) as pool:
+        pool = ProcessPoolExecutor(workers, context, start_pool_process, (os.getpid(),))
+        try:
             rendered = pool.map(_render_shard, *zip(*missing, strict=True))
             list(tqdm(rendered, total=len(missing), unit="shard", desc="scenes", disable=not progress))
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a rendering process died; {sum(path.exists() for path in paths)} of {len(paths)} shards are there",
+                "processes that live (is memory short?)",
+                "run the same command again, perhaps with fewer workers; finished shards are kept",
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
     shards = [np.load(path) for path in paths]
     columns = ("images", "cards", "card_uv", "card_size", "row", "block_uv", "gripper_uv")
     return Scenes(**{name: np.concatenate([shard[name] for shard in shards]) for name in columns}, names=names())
@@ -67,8 +89,7 @@ def _render_shard(path: Path, seed: int, shard: int, image_size: int) -> None:
         if scene.cube_uv is not None:
             block_uv[i] = scene.cube_uv
     stage.close()
-    partial = path.with_name(path.name + f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(
             file,
             images=images,
@@ -79,7 +100,6 @@ def _render_shard(path: Path, seed: int, shard: int, image_size: int) -> None:
             block_uv=block_uv,
             gripper_uv=gripper_uv,
         )
-    partial.replace(path)
 
 
 def _draw(stage: Stage, pool: tuple[emoji.Emoji, ...], rng: np.random.Generator) -> tuple[StagedScene, bool]:

@@ -34,6 +34,8 @@ ALIGN_WEIGHT = 0.5
 BACKGROUND_WEIGHT = 0.15
 """Most cells show no card."""
 MAX_SHIFT = 2
+TOKENS_KEPT = 1 << 15
+"""Short questions come again and again; free sentences hardly ever, and would fill the memory."""
 
 
 class Align(nn.Module):
@@ -94,7 +96,7 @@ class Stage:
             for parameter in parameters.values():
                 parameter.requires_grad_(instruct or group in ("vision", "projector", "word_embedding"))
         self.cells = cell_labels(scenes)
-        self.tokens = lru_cache(maxsize=None)(self._tokens)
+        self.tokens = lru_cache(TOKENS_KEPT)(self._tokens)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.module.parameters() if p.requires_grad]
