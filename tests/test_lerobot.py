@@ -308,6 +308,39 @@ def test_a_stale_or_damaged_cache_is_rebuilt(folder):
     assert len(list((folder / ".cache").iterdir())) == 1
 
 
+def test_a_cache_that_finds_no_room_says_so(folder):
+    """A file-size limit stands for the full disk; a sparse memory map would pass it by, or die of SIGBUS."""
+    code = """if True:
+        import resource, signal, sys
+        from vlm4vla.data.cache import frames
+        from vlm4vla.data.lerobot import Dataset
+        from vlm4vla.errors import UserError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        dataset = Dataset.open(sys.argv[1])
+        size = dataset.num_frames * 3 * dataset.camera_size("main")[0] * dataset.camera_size("main")[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        try:
+            frames(dataset)
+        except UserError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert "cannot be written" in done.stdout, done.stderr
+    assert not list((folder / ".cache").iterdir())
+
+
+def test_what_a_killed_process_had_begun_is_removed(folder):
+    (folder / ".cache").mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine = folder / ".cache" / f".main-0.npy.{os.getpid()}.partial"
+    mine.touch()
+    (folder / ".cache" / f".main-0.npy.{dead.pid}.partial").touch()
+    frames(Dataset.open(folder))
+    assert sorted(path.suffix for path in (folder / ".cache").iterdir()) == [".npy", ".partial"]
+    assert mine.exists()
+
+
 def test_a_large_folder_opens_quickly(tmp_path):
     """200,000 frames; a Python object per frame would show. CPU time, since the machine may be busy."""
     episode = encoded(raw((1000,), size=(1, 1)))[0]

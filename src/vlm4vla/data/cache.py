@@ -1,11 +1,13 @@
 """All pictures of a data set, decoded once into a memory-mapped array that training indexes. N frames."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.write import replacing
+from vlm4vla.errors import UserError
 
 
 def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
@@ -15,23 +17,41 @@ def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
     deleted.
 
     Raises:
-        UserError: no such camera, or a damaged data set.
+        UserError: no such camera, a damaged data set, or no place for the file.
     """
     shape = (dataset.num_frames, *dataset.camera_size(camera), 3)
     path = dataset.folder / ".cache" / f"{camera}-{dataset.content_hash[:16]}.npy"
     if not _holds(path, shape):
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as partial:
-            array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            start = 0
-            for pictures in dataset.batches(camera):
-                array[start : start + len(pictures)] = pictures
-                start += len(pictures)
-            array.flush()
+        try:
+            path.parent.mkdir(exist_ok=True)
+            _remove_partial(path.parent)
+            with replacing(path) as partial, partial.open("wb") as file:
+                # Ordinary writes: on a full disk they fail, where pages of a sparse memory map kill the process.
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for pictures in dataset.batches(camera):
+                    file.write(pictures.data)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error}",
+                f"{np.prod(shape) / 2**20:,.0f} MB for the decoded pictures beside the data set",
+                "free them, or copy the data set to another disk",
+            ) from error
         for old in path.parent.glob(f"{camera}-*.npy"):
             if old != path:
                 old.unlink()
     return np.lib.format.open_memmap(path, "r")
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed had begun (``write.replacing`` ends names in ``.<pid>.partial``)."""
+    for path in folder.glob(".*.partial"):
+        try:
+            os.kill(int(path.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except PermissionError:  # another user's, at work
+            continue
 
 
 def _holds(path: Path, shape: tuple[int, ...]) -> bool:
