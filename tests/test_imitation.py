@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from fake_sim import CONVENTION
+from vlm4vla.arguments import trained_on, with_set
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.vlm import save_vlm
+from vlm4vla.cli import cli
+from vlm4vla.data.record import recording
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.policy import Policy
@@ -19,12 +23,13 @@ from vlm4vla.training.imitation import train, weights_hash
 QUIET = Runtime(device="cpu", progress=False)
 
 
-def demonstrations(folder, seed=0):
+def demonstrations(folder, seed=0, data=None):
     rng = np.random.default_rng(seed)
     actions = rng.normal(size=(2, 8, 7)).astype(np.float32)
     actions[..., -1] = actions[..., -1] > 0
     images = {"main": rng.integers(0, 256, (8, 96, 96, 3), np.uint8)}
-    write(folder, [Episode.encode(images, a, None, "place it on cat") for a in actions], CONVENTION, {})
+    episodes = [Episode.encode(images, a, None, "place it on cat") for a in actions]
+    write(folder, episodes, CONVENTION, {"recording": recording(data)} if data else {})
     return folder
 
 
@@ -56,6 +61,34 @@ def test_all_that_is_known_of_a_run_appears_with_its_policy(spec, tmp_path):
     card = json.loads((tmp_path / "out" / "policy" / "policy.json").read_text())["card"]
     assert (card["run_id"], card["episodes"], card["frames"]) == (spec.run_id, 2, 16)
     assert Policy.load(tmp_path / "out" / "policy").spec == spec
+
+
+@pytest.mark.parametrize("recorded", [None, DataSpec(seed=1), DataSpec(protocol="grinningface/place/train/dev")])
+def test_other_demonstrations_than_the_spec_describes_are_named_in_it(tmp_path, recorded):
+    demos = demonstrations(tmp_path / "demos", data=recorded)
+    spec, protocol = trained_on(RunSpec(), demos)
+    assert spec == RunSpec(data=DataSpec(folder=str(demos)))
+    assert protocol == (recorded.protocol if recorded else None)
+    assert trained_on(spec, demos) == (spec, protocol)
+    assert trained_on(RunSpec(data=DataSpec(folder="elsewhere")), demos)[0] == spec
+
+
+def test_a_spec_stays_where_the_folder_is_the_recording_it_describes(tmp_path):
+    spec = RunSpec(data=DataSpec(seed=3, episodes=2))
+    demos = demonstrations(tmp_path / "demos", data=spec.data)
+    assert trained_on(spec, demos) == (spec, spec.data.protocol)
+
+
+def test_train_says_what_it_trained_on_and_where_to_judge_it(spec, tmp_path):
+    name = "grinningface/place/train/dev"
+    demos = demonstrations(tmp_path / "demos", data=DataSpec(protocol=name))
+    sets = [f"backbone={spec.backbone}", "training.steps=1", "training.batch_size=2"]
+    out = tmp_path / "my runs"
+    arguments = ["--data", str(demos), "--out", str(out), "--device", "cpu", *with_set(tuple(sets))]
+    done = CliRunner().invoke(cli, ["train", *arguments], catch_exceptions=False)
+    assert f"next: vlm4vla eval '{out}/policy' --protocol {name}" in done.stderr
+    assert "names the folder" in done.stderr
+    assert Policy.load(out / "policy").spec.data.folder == str(demos)
 
 
 def test_the_hash_of_weights_tells_values_and_names_apart_whatever_their_shape():

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from vlm4vla.errors import UserError
-from vlm4vla.spec import RunSpec, Runtime, load_yaml, parse
+from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse
 
 
 def run_spec(path: Path | None, overrides: tuple[str, ...]) -> RunSpec:
@@ -29,6 +29,22 @@ def put(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {override}, where {parent} is no section", "SECTION.KEY=VALUE", "see spec.py")
     values[last] = yaml.safe_load(text)
+
+
+def trained_on(spec: RunSpec, folder: Path) -> tuple[RunSpec, str | None]:
+    """What a policy of ``spec`` is when it is trained on ``folder``, and the protocol that was recorded there.
+
+    The spec keeps its data section where the folder is exactly the recording that the section describes; otherwise it
+    names the folder, for a policy's spec must not claim other demonstrations than it saw.
+    """
+    from vlm4vla.data.lerobot import OWN_KEY, Dataset
+    from vlm4vla.data.record import recording
+
+    found = Dataset.open(folder).info.get(OWN_KEY, {}).get("provenance", {}).get("recording")
+    name = found["protocol"]["name"] if found else None
+    if spec.data.folder != str(folder) and (spec.data.folder is not None or found != recording(spec.data)):
+        spec = spec.model_copy(update={"data": DataSpec(folder=str(folder))})
+    return spec, name
 
 
 def with_set(overrides: tuple[str, ...]) -> list[str]:

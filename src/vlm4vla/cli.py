@@ -175,7 +175,7 @@ def train(
     trackers: tuple[str, ...],
 ) -> None:
     """Train one policy as RUN (a YAML file of run keys) says; run again to resume."""
-    from vlm4vla.arguments import run_spec, runtime, with_set
+    from vlm4vla.arguments import run_spec, runtime, trained_on, with_set
 
     spec = run_spec(run, overrides)
     if data_folder is None and spec.data.folder is None:
@@ -187,13 +187,12 @@ def train(
         )
     from vlm4vla.training.imitation import train as train_policy
 
-    train_policy(
-        spec,
-        data_folder or Path(str(spec.data.folder)),
-        out,
-        runtime(device=device, threads=threads, trackers=trackers),
-    )
-    next_step(f"vlm4vla eval {out / 'policy'} --protocol {spec.data.protocol or 'NAME'}")
+    folder = data_folder or Path(str(spec.data.folder))
+    true, protocol = trained_on(spec, folder)
+    if true != spec:
+        click.echo(f"{folder}: not what RUN's data section describes; the policy's spec names the folder", err=True)
+    train_policy(true, folder, out, runtime(device=device, threads=threads, trackers=trackers))
+    next_step(shlex.join(["vlm4vla", "eval", str(out / "policy"), "--protocol", protocol or "NAME"]))
 
 
 @cli.command("eval")

@@ -69,11 +69,8 @@ def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summar
         UserError: ``folder`` holds something else or is being recorded by another process, the simulator has no
             expert, the expert fails more often than it succeeds, or a recording process died.
     """
-    if data.protocol is None:
-        raise UserError("data without a protocol", "the protocol whose expert to record", "set data.protocol")
-    proto = protocols.protocol(data.protocol)
-    values = data.model_dump(include={"episodes", "seed", "image_size", "noise"})
-    identity = json.loads(json.dumps({"protocol": proto.to_dict(), "data": values, "version": __version__}))
+    identity = recording(data)
+    proto = protocols.protocol(str(data.protocol))
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists() and not partial.exists():
         return _summary(folder, identity)
@@ -93,6 +90,15 @@ def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summar
         summary = _summary(folder, identity)
         shutil.rmtree(partial)
     return summary
+
+
+def recording(data: DataSpec) -> dict:
+    """What identifies the recording of ``data``, as its folder's ``meta/info.json`` has it (``vlm4vla.provenance``)."""
+    if data.protocol is None:
+        raise UserError("data without a protocol", "the protocol whose expert to record", "set data.protocol")
+    values = data.model_dump(include={"episodes", "seed", "image_size", "noise"})
+    proto = protocols.protocol(data.protocol)
+    return json.loads(json.dumps({"protocol": proto.to_dict(), "data": values, "version": __version__}))
 
 
 def record_episode(sim: Sim, seed: int, noise: float, max_steps: int) -> Episode | None:
