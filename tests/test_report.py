@@ -11,7 +11,7 @@ from conftest import TRAIN, VAL, write_study
 from vlm4vla.errors import UserError
 from vlm4vla.reporting import conclusions, html, plots, published, tables
 from vlm4vla.reporting.published import judge
-from vlm4vla.studies.matrix import RESULTS
+from vlm4vla.studies.matrix import RESULTS, Study, plan
 from vlm4vla.studies.stats import MIN_SEEDS, Difference, Rate
 from vlm4vla.studies.store import Store
 from vlm4vla.types import EpisodeResult
@@ -269,6 +269,12 @@ def test_versions_are_of_all_episodes_and_several_are_said(study_folder):
     versions = html.context(tables.load(folder))["versions"]
     assert versions["mujoco"] == "4.0.0, 4.1.0 (2 in one study)"
     assert versions["torch"] == "2.13.0"
+
+
+def test_the_seed_of_the_data_is_not_taken_for_the_training_seed():
+    study = Study.model_validate({"name": "s", "matrix": {"treatment": ["full"], "data.seed": [0, 1], "seed": [0]}})
+    assert [tables.label(cell) for cell in study.cells()] == ["full, data.seed=0", "full, data.seed=1"]
+    assert "data.seed=1" in str(plan(study))
 
 
 def test_film_strips_and_every_plot_are_there(page: tuple[tables.Results, str]):

@@ -199,9 +199,12 @@ def load(folder: Path) -> Results:
 
 
 def label(cell: matrix.Cell) -> str:
-    """What a report calls a cell's treatment: its name and what else the matrix varies, but for the training seed."""
+    """What a report calls a cell's treatment: its name and what else the matrix varies, but for the training seed.
+
+    Keys in full: ``data.seed=0`` must not read as the training seed.
+    """
     others = {key: value for key, value in cell.labels.items() if key not in ("treatment", "seed")}
-    return ", ".join([cell.run.treatment, *(f"{key.split('.')[-1]}={value}" for key, value in others.items())])
+    return ", ".join([cell.run.treatment, *(f"{key}={value}" for key, value in others.items())])
 
 
 def chance(name: str) -> float | None:

@@ -170,7 +170,7 @@ class Plan:
     def __str__(self) -> str:
         table = [("cell", "status", "run", "episodes missing")]
         for row in self.rows:
-            labels = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row.cell.labels.items())
+            labels = " ".join(f"{key}={value}" for key, value in row.cell.labels.items())
             missing = ", ".join(f"{number} {protocol}" for protocol, number in row.missing.items() if number)
             table.append((f"{row.cell.run_id}  {labels}".strip(), row.status, row.run, missing or "-"))
         widths = [max(len(line[i]) for line in table) for i in range(3)]
