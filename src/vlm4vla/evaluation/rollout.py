@@ -2,8 +2,9 @@
 
 Each worker runs ``reset -> look -> (policy) -> execute -> look -> ... -> done``. The policy predicts for all workers
 that wait at that moment in one batch; nothing is rendered between two looks. Rows are stored as episodes end, so an
-evaluation that was killed continues where it was. Which episodes exist, and their seeds, depend on the protocol alone:
-the number of workers changes the time, not the result.
+evaluation that was killed continues where it was. Which episodes exist, and their seeds, depend on the protocol alone.
+The number of workers changes the time, and which observations share a batch: hidden states then differ by some 4e-6
+(fp32), so an episode that hangs on the last digits can end otherwise.
 
 Shapes: H horizon, A action dimensions.
 """
@@ -33,7 +34,7 @@ TRIES = 3
 
 
 class BatchPolicy(Interface):
-    """What is evaluated: deterministic, and an observation's chunk does not depend on the others in its batch."""
+    """What is evaluated: deterministic; an observation's chunk depends on the others in its batch by rounding only."""
 
     @property
     def convention(self) -> Convention: ...

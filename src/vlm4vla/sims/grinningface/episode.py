@@ -1,7 +1,8 @@
 """What an episode is made of, drawn from its seed: layout, target, colours, instruction and emojis.
 
-The draw order is fixed and the counts do not depend on split or variant, so one seed has the same layout jitter, target
-and start pose in every split and variant; the emojis are drawn last.
+The draw order is fixed and the counts do not depend on split or variant, so one seed has the same layout jitter and
+start pose in every split and variant, and the same target in all but ``cards5``, where the same draw falls among five
+cards; the emojis are drawn last.
 """
 
 import colorsys
