@@ -1,7 +1,7 @@
 """One environment per process: the worker that runs a simulator, and the parent's handle on it.
 
-The worker is ``python -m vlm4vla.sims.worker`` under any interpreter that can import this package and the simulator; it
-needs no torch. Parent and worker exchange frames over the worker's stdin and stdout:
+The worker is ``python -m vlm4vla.sims.worker``; it needs no torch. Parent and worker exchange frames over the
+worker's stdin and stdout:
 
     frame = <u32 bytes of header> <u64 bytes of arrays> <header: JSON, padded to 8 bytes> <arrays: raw, in order>
 
@@ -152,11 +152,10 @@ class Worker:
         kwargs: its keyword arguments, plain JSON values.
         timeout_s: a reply that takes longer is a fault. Time in which the parent does not listen must be given back
             with ``postpone``.
-        python: interpreter of the worker.
     """
 
-    def __init__(self, sim: str, kwargs: dict, timeout_s: float = 120.0, python: str = sys.executable):
-        self._sim, self._kwargs, self._timeout_s, self._python = sim, kwargs, timeout_s, python
+    def __init__(self, sim: str, kwargs: dict, timeout_s: float = 120.0):
+        self._sim, self._kwargs, self._timeout_s = sim, kwargs, timeout_s
         self.start()
 
     def start(self) -> None:
@@ -164,7 +163,7 @@ class Worker:
         # Of its own session: Ctrl-C reaches only the parent, which ends its workers in order, and a simulator's own
         # child processes die with it.
         self._process = subprocess.Popen(
-            [self._python, "-m", "vlm4vla.sims.worker", str(os.getpid())],
+            [sys.executable, "-m", "vlm4vla.sims.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

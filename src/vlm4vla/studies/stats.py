@@ -80,11 +80,6 @@ def outcome(result: EpisodeResult, metric: str) -> bool | None:
     return result.success if metric == "success" else result.credits[metric]
 
 
-def rate(values: Sequence[bool | None]) -> Rate:
-    """The rate of True with Wilson's interval; None is left out and counted as undefined."""
-    return _rate(sum(v is True for v in values), sum(v is not None for v in values), 0, len(values), "Wilson")
-
-
 def summarise(results: Sequence[EpisodeResult], metric: str = "success") -> Rate:
     """The rate of ``metric`` over episodes with Wilson's interval."""
     values = [outcome(result, metric) for result in results]
