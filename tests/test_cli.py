@@ -1,8 +1,10 @@
 """The command line: fast, without torch where torch is not needed, and clear where something is wrong."""
 
+import errno
 import itertools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,6 +80,9 @@ def test_help_is_fast_and_imports_nothing_heavy():
         (["train", "--out", "x", "--set", "treatmnt=full"], "nearest: treatment"),
         (["train", "--out", "x", "--set", "treatment"], "KEY=VALUE"),
         (["train", "--out", "x", "--set", "seed.deep=1", "--set", "seed=1"], "seed"),
+        (["train", "--out", "x", "--set", "seed=[1,"], "not YAML"),
+        (["train", "--out", "x", "--set", "data=null"], "data: "),
+        (["train", "--out", "x", "--tracker", "wandbb"], "'wandb'"),
         (["train", "--out", "x"], "vlm4vla data record"),
         (["train", "missing.yaml", "--out", "x"], "missing.yaml"),
         (["eval", "nowhere", "--protocol", "grinningface/place/vall/v1"], "grinningface/place/val/v1"),
@@ -111,6 +116,35 @@ def test_a_defect_exits_1_with_traceback():
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "a defect" in done.stderr
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_that_cannot_be_written_exits_2_without_traceback(kind: int, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(kind, os.strerror(kind), "some/file")
+
+    monkeypatch.setattr(sys, "argv", ["vlm4vla", "report", "."])
+    monkeypatch.setattr("vlm4vla.reporting.html.report", fail)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "some/file" in said
+    assert "next: " in said
+
+
+def test_a_file_where_a_folder_should_be_is_no_defect(tmp_path: Path):
+    (tmp_path / "file").touch()
+    done = run("data", "record", "--out", "file/demos", cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+def test_the_next_command_can_be_pasted(study_folder, tmp_path):
+    folder = study_folder({"full": {"grinningface/place/val/v1": (0.9, 0.8)}}, seeds=(0,), episodes=2)
+    page = tmp_path / "my {0} $report.html"
+    done = CliRunner().invoke(cli, ["report", str(folder), "--out", str(page)], catch_exceptions=False)
+    (line,) = done.stderr.splitlines()
+    assert shlex.split(line) == ["next:", "open", str(page)]
 
 
 def test_ctrl_c_exits_130_and_says_how_to_resume():

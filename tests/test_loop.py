@@ -165,6 +165,17 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch, capsys):
     assert seen == {"meta"}
 
 
+def test_a_tracker_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tracker nobody"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET.model_copy(update={"trackers": ("nobody",)}), "x")
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(tmp_path):
+    (tmp_path / "checkpoint.partial").mkdir()
+    with pytest.raises(UserError, match="could not be written"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+
+
 def test_auto_says_which_device_it_takes(monkeypatch, capsys):
     assert str(torch_device("auto")) in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -28,7 +28,12 @@ def put(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {override}, where {parent} is no section", "SECTION.KEY=VALUE", "see spec.py")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--set {override}, whose value is not YAML: {error}", "KEY=VALUE", "quote the value"
+        ) from error
 
 
 def trained_on(spec: RunSpec, folder: Path) -> tuple[RunSpec, str | None]:

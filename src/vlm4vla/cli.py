@@ -13,13 +13,14 @@ from typing import Any
 import click
 
 from vlm4vla import __version__
-from vlm4vla.errors import UserError, nearest
+from vlm4vla.errors import UserError, mendable, nearest
 
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors"), "train"),
     **dict.fromkeys(("mujoco", "gymnasium", "av"), "grinningface"),
 }
 """What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 out_option = click.option("--out", type=FOLDER, required=True, help="Folder to write.")
@@ -28,16 +29,16 @@ workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Simulator processes."
 )
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps; auto says which."
+    "--device", default="auto", show_default=True, help="E.g. cuda:1; auto says which it takes."
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="BLAS threads."
 )
 
 
-def next_step(text: str) -> None:
-    """Tell what to run next; on stderr, so that a command's output can be piped."""
-    click.secho(f"next: {text}", fg="green", err=True)
+def next_step(text: str, *paths: object) -> None:
+    """Tell what to run next, ``{}`` standing for each path; on stderr, so that a command's output can be piped."""
+    click.secho(f"next: {text.format(*(shlex.quote(str(path)) for path in paths))}", fg="green", err=True)
 
 
 class Verbs(click.Group):
@@ -64,9 +65,6 @@ def cli() -> None:
     """
 
 
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-
 @cli.command()
 @click.option("--out", type=FOLDER, default=Path("runs/demo"), show_default=True, help="Folder to write.")
 @click.option("--smoke", is_flag=True, help="A few steps and episodes: proves the machinery, not the result.")
@@ -76,10 +74,7 @@ def demo(out: Path, smoke: bool, jobs: int) -> None:
     from vlm4vla.demo import demo as run
 
     page = run(out, smoke=smoke, jobs=jobs)
-    next_step(f"open {page}")
-
-
-# ----------------------------------------------------------------------------------------------------------------- vlm
+    next_step("open {}", page)
 
 
 @cli.group(cls=Verbs)
@@ -99,7 +94,7 @@ def vlm_train(work: Path, out: Path, workers: int, device: str, threads: int) ->
     from vlm4vla.skills.build import build_vlm, score_table
 
     click.echo(score_table(build_vlm(work, out, runtime(workers=workers, device=device, threads=threads))))
-    next_step(f"vlm4vla train --set backbone={out} --help")
+    next_step("vlm4vla train --set {} --help", f"backbone={out}")
 
 
 @vlm.command("score")
@@ -141,7 +136,7 @@ def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers
 
     click.echo(record(spec.data, out, workers, progress=sys.stderr.isatty()))
     arguments = [*([str(run)] if run else []), "--data", str(out), *with_set(overrides), "--out", "runs/mine"]
-    next_step(f"vlm4vla data inspect {out}; vlm4vla train {shlex.join(arguments)}")
+    next_step("vlm4vla data inspect {}; vlm4vla train " + " ".join(["{}"] * len(arguments)), out, *arguments)
 
 
 @data.command("inspect")
@@ -151,7 +146,7 @@ def data_inspect(folder: Path) -> None:
     from vlm4vla.data.lerobot import inspect
 
     click.echo(inspect(folder))
-    next_step(f"vlm4vla train --data {folder} --out runs/mine")
+    next_step("vlm4vla train --data {} --out runs/mine", folder)
 
 
 # ------------------------------------------------------------------------------------------------------- train and eval
@@ -164,7 +159,7 @@ def data_inspect(folder: Path) -> None:
 @set_option
 @device_option
 @threads_option
-@click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb or trackio (repeatable).")
+@click.option("--tracker", "trackers", type=click.Choice(TRACKERS), multiple=True, help="Repeatable.")
 def train(
     run: Path | None,
     data_folder: Path | None,
@@ -192,7 +187,7 @@ def train(
     if true != spec:
         click.echo(f"{folder}: not what RUN's data section describes; the policy's spec names the folder", err=True)
     train_policy(true, folder, out, runtime(device=device, threads=threads, trackers=trackers))
-    next_step(shlex.join(["vlm4vla", "eval", str(out / "policy"), "--protocol", protocol or "NAME"]))
+    next_step("vlm4vla eval {} --protocol {}", out / "policy", protocol or "NAME")
 
 
 @cli.command("eval")
@@ -244,7 +239,7 @@ def evaluate(
             )
             rate = summarise(results)
             click.echo(f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else ""))
-    next_step(f"film strips in {policy.parent / 'strips'}; compare treatments: vlm4vla study plan --help")
+    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", policy.parent / "strips")
 
 
 # --------------------------------------------------------------------------------------------------- study and report
@@ -265,7 +260,7 @@ def study_plan(matrix: str, out: Path | None) -> None:
 
     path = study_file(matrix)
     click.echo(str(plan(load(path), out)))
-    next_step(f"vlm4vla study run {matrix} --out {out or 'runs/' + path.stem}")
+    next_step("vlm4vla study run {} --out {}", matrix, out or f"runs/{path.stem}")
 
 
 @study.command("run")
@@ -281,7 +276,7 @@ def study_run(matrix: str, out: Path, jobs: int, workers: int, device: str) -> N
     from vlm4vla.studies.runner import run
 
     run(load(study_file(matrix)), out, runtime(workers=workers, device=device), jobs)
-    next_step(f"vlm4vla report {out}")
+    next_step("vlm4vla report {}", out)
 
 
 @cli.command()
@@ -293,7 +288,7 @@ def report(folder: Path, out: Path | None) -> None:
 
     page = render(folder, out or folder / "report.html")
     click.echo(page)
-    next_step(f"open {page}")
+    next_step("open {}", page)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sims
@@ -342,7 +337,7 @@ def sims_check(sim: str) -> None:
 
     check_sim(sim)
     click.echo(f"{sim}: keeps the simulator protocol")
-    next_step(f"vlm4vla sims demo {sim}; vlm4vla sims protocols")
+    next_step("vlm4vla sims demo {}; vlm4vla sims protocols", sim)
 
 
 # -------------------------------------------------------------------------------------------------- doctor, completion
@@ -375,8 +370,10 @@ def main() -> None:
     """Console entry point."""
     try:
         cli.main(prog_name="vlm4vla", standalone_mode=False)
-    except UserError as error:
-        click.echo(str(error), err=True)
+    except (UserError, OSError) as error:
+        if (told := mendable(error)) is None:
+            raise
+        click.echo(str(told), err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])

@@ -7,7 +7,7 @@ rerunning the same spec on another machine resumes the same run instead of start
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,8 +52,10 @@ class DataSpec(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _folder_or_protocol(cls, values: dict) -> dict:
+    def _folder_or_protocol(cls, values: Any) -> Any:
         """A folder takes the place of the default recording; to name both, or neither, is an error."""
+        if not isinstance(values, dict):
+            return values  # pydantic says what is wrong with it
         default = cls.model_fields["protocol"].default if values.get("folder") is None else None
         given = {"protocol": default, **values}
         if (given["protocol"] is None) == (given.get("folder") is None):

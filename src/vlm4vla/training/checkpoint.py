@@ -18,7 +18,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write ``path`` so that it is whole or absent."""
     partial = path.with_suffix(".partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        mend = "free some space (df -h) and run the same command again: what is finished is kept"
+        raise UserError(f"{partial} could not be written: {error}", "room and permission to write it", mend) from error
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -74,7 +75,7 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
 
     Raises:
         UserError: loss, gradient or weights are not finite (the batch is saved), ``out`` belongs to another run, or
-            another process trains into it, or the device is not there.
+            another process trains into it, or device or tracker is not there.
     """
     with locked(out / "training.lock", "training"):
         if (out / "policy").is_dir():
@@ -185,6 +186,10 @@ class Metrics:
 
 def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: Path) -> Accelerator:
     """One for this training: Accelerate keeps the first device and precision of a process, and knows no ``cuda:1``."""
+    missing = set(runtime.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
+    if missing:  # Accelerate passes over what is not installed
+        what = ", ".join(sorted(missing))
+        raise UserError(f"no tracker {what} installed", "an installed tracker, or none", f"pip install {what}")
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(accelerate_torch_device=str(device)):
         return Accelerator(
