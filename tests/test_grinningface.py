@@ -95,7 +95,7 @@ def test_names_are_checked_with_what_exists():
         GrinningFace("pick", "train")
     with pytest.raises(UserError, match="look-alike"):
         GrinningFace("place", "train", "lookalike")
-    with pytest.raises(ValueError, match="32 to 224"):
+    with pytest.raises(UserError, match="32 to 224"):
         make("grinningface", image_size=16)
     with pytest.raises(UserError, match="grinningface"):
         make("grinning_face")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import mujoco
 import numpy as np
 
+from vlm4vla.errors import UserError
 from vlm4vla.sims.grinningface import emoji
 from vlm4vla.sims.grinningface.control import DOWN, REST_JOINTS, InverseKinematics
 from vlm4vla.sims.grinningface.model import (
@@ -39,7 +40,7 @@ class Scene:
 
     def __init__(self, image_size: int):
         if not 32 <= image_size <= 224:
-            raise ValueError(f"image_size {image_size}, expected 32 to 224 pixels")
+            raise UserError(f"image_size {image_size}", "32 to 224 pixels", "mend data.image_size")
         self.image_size = image_size
         self.model = build_model(image_size)
         self.data = mujoco.MjData(self.model)
