@@ -7,7 +7,7 @@ convolutions (a patchify ViT of this size learned the names but not the places),
 transformers that has strided convolutions, needs no position table and gives the (B, N, D) features LLaVA expects.
 Every emoji name is one token, so that a name is one word to the model as "banana" is to a large one.
 
-``build`` draws new weights; the shipped ones (``FOLDER``) are made by ``vlm4vla vlm train`` (its model card is in there).
+``build`` draws new weights; the shipped ones (``FOLDER``) are made by ``vlm4vla vlm train``.
 """
 
 from collections.abc import Sequence
