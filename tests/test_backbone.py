@@ -145,3 +145,9 @@ def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
     with pytest.raises(UserError, match="OSError"):
         load_vlm(str(tmp_path))
+
+
+def test_a_name_that_can_be_no_hub_id_is_not_asked_for_there(monkeypatch):
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="no backbone 'nope'"):
+        load_vlm("nope")

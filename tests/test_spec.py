@@ -34,6 +34,13 @@ def test_demonstrations_come_from_a_protocol_or_a_folder():
             parse(DataSpec, values, "here")
 
 
+def test_an_unknown_key_of_a_section_is_compared_with_that_section():
+    with pytest.raises(UserError, match=r"training\.stepz: unknown key \(nearest: steps\)"):
+        parse(RunSpec, {"training": {"stepz": 3}}, "here")
+    with pytest.raises(UserError, match=r"nonsense: unknown key \(nearest: .*treatment"):
+        parse(RunSpec, {"nonsense": 3}, "here")
+
+
 @pytest.mark.parametrize("text", ["- a list", "a: [", "just words"])
 def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
@@ -41,3 +48,6 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
         load_yaml(tmp_path / "run.yaml")
     with pytest.raises(UserError, match="no file"):
         load_yaml(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(UserError, match="not YAML"):
+        load_yaml(tmp_path / "binary.yaml")

@@ -39,8 +39,13 @@ def mendable(error: UserError | OSError) -> UserError | None:
     return UserError(f"{error.filename or 'a file'}: {error.strerror}", "a folder with room and permission", mend)
 
 
+FEW = 10
+
+
 def nearest(name: str, known: list[str]) -> str:
-    """``"a, b"``: the known names closest to a misspelt one (all of them where none is close)."""
+    """``"a, b"``: the known names closest to a misspelt one (the first few where none is close)."""
     import difflib
 
-    return ", ".join(difflib.get_close_matches(name, known, n=3) or sorted(known))
+    if close := difflib.get_close_matches(name, known, n=3):
+        return ", ".join(close)
+    return ", ".join(sorted(known)[:FEW]) + (", ..." if len(known) > FEW else "")

@@ -143,7 +143,7 @@ def load_yaml(path: Path | str) -> dict:
         raise UserError(f"no file {path}", "a YAML file", f"check the path: ls {path.parent}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}", "valid YAML", f"mend {path}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}", "a mapping of keys to values", f"mend {path}")
@@ -159,9 +159,14 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"]) or "(top level)"
             if item["type"] == "extra_forbidden":
-                problems.append(
-                    f"{where}: unknown key (nearest: {nearest(str(item['loc'][-1]), list(model.model_fields))})"
-                )
+                *sections, key = item["loc"]
+                section: Any = model
+                for name in sections:
+                    field = getattr(section, "model_fields", {}).get(name)
+                    section = field.annotation if field else None
+                known = list(getattr(section, "model_fields", {}))
+                hint = f" (nearest: {nearest(str(key), known)})" if known else ""
+                problems.append(f"{where}: unknown key{hint}")
             else:
                 problems.append(f"{where}: {item['msg']}, found {item['input']!r}")
         raise UserError(

@@ -42,6 +42,8 @@ def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
     source = str(tiny.FOLDER) if name == "tiny" else name
     if name == "tiny" and not (tiny.FOLDER / "model.safetensors").is_file():
         raise UserError(f"no weights in {tiny.FOLDER}", "the embedded VLM", "make them: vlm4vla vlm train")
+    if "/" not in source and not Path(source).is_dir():  # transformers would ask the hub for minutes
+        raise UserError(f"no backbone {name!r}", "`tiny`, a folder, or a hub id (owner/name)", "check --set backbone=")
     try:
         processor = AutoProcessor.from_pretrained(source)
         vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, use_safetensors=True)

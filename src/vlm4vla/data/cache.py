@@ -46,8 +46,11 @@ def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
 def _remove_partial(folder: Path) -> None:
     """Remove what processes that were killed had begun (``write.replacing`` ends names in ``.<pid>.partial``)."""
     for path in folder.glob(".*.partial"):
+        process = path.name.split(".")[-2]
+        if not process.isdecimal():  # not one of ours
+            continue
         try:
-            os.kill(int(path.name.split(".")[-2]), 0)
+            os.kill(int(process), 0)
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except PermissionError:  # another user's, at work

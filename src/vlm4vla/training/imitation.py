@@ -92,7 +92,9 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     state = Normalizer.fit(dataset.states, gripper=False) if spec.proprioception else None
     policy = Policy(vla, spec, dataset.convention, actions, state, dataset.image_size, card)
     out.mkdir(parents=True, exist_ok=True)
-    identity = content_hash([spec.model_dump(mode="json"), dataset.content_hash, backbone_hash])
+    # By content: the same demonstrations under another path are the same run.
+    recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})
+    identity = content_hash([recipe, dataset.content_hash, backbone_hash])
     fit(Imitation(policy, dataset), spec.training, spec.seed, out, runtime, identity)
 
 
