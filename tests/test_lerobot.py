@@ -16,23 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm4vla.convention import Convention
+from fake_sim import CONVENTION
 from vlm4vla.data import write as writing
 from vlm4vla.data.cache import frames
 from vlm4vla.data.lerobot import Dataset, inspect
 from vlm4vla.data.write import Episode, pixel_statistics, write
 from vlm4vla.errors import UserError
 
-CONVENTION = Convention(
-    names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
-    control="delta_ee",
-    frame="base",
-    rotation="euler_xyz",
-    position_unit="metre",
-    gripper="1=open,0=closed",
-    control_hz=5.0,
-    camera="upright",
-)
 DATA = Path("data/chunk-000/file-000.parquet")
 
 

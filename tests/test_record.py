@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlm4vla.convention import Convention
+from fake_sim import CONVENTION
 from vlm4vla.data import record as recording
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.record import record, record_episode
@@ -21,16 +21,6 @@ from vlm4vla.sims.protocols import Protocol
 from vlm4vla.spec import DataSpec
 from vlm4vla.types import Observation
 
-CONVENTION = Convention(
-    names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
-    control="delta_ee",
-    frame="base",
-    rotation="euler_xyz",
-    position_unit="metre",
-    gripper="1=open,0=closed",
-    control_hz=5.0,
-    camera="upright",
-)
 LIMIT = 0.05
 
 
