@@ -319,18 +319,6 @@ def test_a_cache_that_finds_no_room_says_so(folder):
     assert not list((folder / ".cache").iterdir())
 
 
-def test_what_a_killed_process_had_begun_is_removed(folder):
-    (folder / ".cache").mkdir()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    mine = folder / ".cache" / f".main-0.npy.{os.getpid()}.partial"
-    mine.touch()
-    (folder / ".cache" / f".main-0.npy.{dead.pid}.partial").touch()
-    frames(Dataset.open(folder))
-    assert sorted(path.suffix for path in (folder / ".cache").iterdir()) == [".npy", ".partial"]
-    assert mine.exists()
-
-
 def test_a_large_folder_opens_quickly(tmp_path):
     """200,000 frames; a Python object per frame would show. CPU time, since the machine may be busy."""
     episode = encoded(raw((1000,), size=(1, 1)))[0]

@@ -171,9 +171,10 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_says_why(tmp_path):
-    (tmp_path / "checkpoint.partial").mkdir()
+    (tmp_path / checkpoint.NAME).mkdir()
     with pytest.raises(UserError, match="could not be written"):
-        fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+        checkpoint.save_tensors(tmp_path / checkpoint.NAME, {"a": torch.zeros(1)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
 
 
 def test_auto_says_which_device_it_takes(monkeypatch, capsys):

@@ -1,13 +1,12 @@
 """All pictures of a data set, decoded once into a memory-mapped array that training indexes. N frames."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from vlm4vla.data.lerobot import Dataset
-from vlm4vla.data.write import replacing
 from vlm4vla.errors import UserError
+from vlm4vla.files import replacing
 
 
 def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
@@ -24,7 +23,6 @@ def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
     if not _holds(path, shape):
         try:
             path.parent.mkdir(exist_ok=True)
-            _remove_partial(path.parent)
             with replacing(path) as partial, partial.open("wb") as file:
                 # Ordinary writes: on a full disk they fail, where pages of a sparse memory map kill the process.
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -41,20 +39,6 @@ def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
             if old != path:
                 old.unlink()
     return np.lib.format.open_memmap(path, "r")
-
-
-def _remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed had begun (``write.replacing`` ends names in ``.<pid>.partial``)."""
-    for path in folder.glob(".*.partial"):
-        process = path.name.split(".")[-2]
-        if not process.isdecimal():  # not one of ours
-            continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except PermissionError:  # another user's, at work
-            continue
 
 
 def _holds(path: Path, shape: tuple[int, ...]) -> bool:

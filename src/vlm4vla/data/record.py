@@ -24,8 +24,9 @@ from tqdm import tqdm
 from vlm4vla import __version__, sims
 from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import IMAGE, OWN_KEY, STATE, Dataset, vectors
-from vlm4vla.data.write import Episode, replacing, write
+from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
+from vlm4vla.files import replacing, write_text
 from vlm4vla.locks import locked
 from vlm4vla.sims import protocols
 from vlm4vla.sims.base import Sim
@@ -252,8 +253,7 @@ def _versions(shards: list[Path]) -> dict[str, list[str]]:
 def _check_identity(path: Path, identity: dict) -> None:
     """The unfinished recording is this one; a new one says which it is."""
     if not path.exists():
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(identity, indent=4))
+        write_text(path, json.dumps(identity, indent=4))
     elif json.loads(path.read_text()) != identity:
         raise UserError(
             f"{path.parent}, the beginning of another recording (see {path.name})",

@@ -4,8 +4,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,16 +291,3 @@ def pixel_statistics(counts: np.ndarray, num_frames: int) -> dict[str, list]:
         **{name: levels[(reached >= q).argmax(1)] for name, q in QUANTILES.items()},
     }
     return {name: v.reshape(3, 1, 1).tolist() for name, v in values.items()} | {"count": [num_frames]}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends well: ``path`` is whole or absent, never partial."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

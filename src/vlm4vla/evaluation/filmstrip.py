@@ -1,12 +1,12 @@
 """Film strips: what the policy saw in an episode, side by side in one lossless PNG, and the outcome beside it."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vlm4vla.files import replacing, write_text
 from vlm4vla.types import EpisodeResult
 
 
@@ -22,16 +22,8 @@ def write_strip(folder: Path, frames: list[np.ndarray], result: EpisodeResult) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = strip_path(folder, result.protocol, result.episode)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(np.concatenate(frames, axis=1)).save(partial, format="PNG")
-    _settle(partial, path)
+    with replacing(path) as partial:
+        Image.fromarray(np.concatenate(frames, axis=1)).save(partial, format="PNG")
     names = ("protocol", "episode", "seed", "success", "credits", "instruction", "steps")
     about = {name: getattr(result, name) for name in names} | {"frames": len(frames)}
-    partial.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    _settle(partial, path.with_suffix(".json"))
-
-
-def _settle(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path.with_suffix(".json"), json.dumps(about, indent=1, ensure_ascii=False) + "\n")

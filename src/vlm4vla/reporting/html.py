@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image
 
 from vlm4vla import __version__
 from vlm4vla.evaluation.filmstrip import strip_path
+from vlm4vla.files import write_text
 from vlm4vla.metrics import read_metrics
 from vlm4vla.reporting import conclusions, plots, published
 from vlm4vla.reporting.plots import Point
@@ -58,12 +58,7 @@ def report(study_folder: Path, out: Path) -> Path:
     )
     page = environment.get_template(TEMPLATE).render(context(results))
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out)
+    write_text(out, page)
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.vlm import load_vlm
-from vlm4vla.data.write import replacing
+from vlm4vla.files import write_text
 from vlm4vla.sims.grinningface import emoji
 from vlm4vla.skills.questions import CUES, FILLER, TEMPLATES, Scenes, words
 from vlm4vla.skills.scenes import make_scenes, names, version
@@ -75,12 +75,8 @@ def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:
     scores = score_folder(work / "sentences" / "policy", test)
     shutil.copytree(work / "sentences" / "policy", folder, dirs_exist_ok=True)
     parameters = sum(p.numel() for p in load_vlm(str(folder))[0].parameters())
-    for name, text in (
-        ("scores.json", json.dumps(scores, indent=2) + "\n"),
-        ("README.md", model_card(scores, parameters)),
-    ):
-        with replacing(folder / name) as partial:
-            partial.write_text(text)
+    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    write_text(folder / "README.md", model_card(scores, parameters))
     return scores
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vlm4vla.data.write import replacing
 from vlm4vla.errors import UserError
+from vlm4vla.files import replacing
 from vlm4vla.sims.grinningface import emoji
 from vlm4vla.sims.grinningface.stage import Stage, StagedScene
 from vlm4vla.sims.worker import start_pool_process

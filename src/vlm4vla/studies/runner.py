@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.rollout import evaluate
+from vlm4vla.files import write_text
 from vlm4vla.locks import locked
 from vlm4vla.metrics import read_metrics
 from vlm4vla.sims import protocols
@@ -346,11 +347,7 @@ def _write_study(study: Study, folder: Path) -> None:
         raise UserError(
             f"{folder}, which holds the study {name!r}", f"the folder of {study.name!r}, or a new one", "name another"
         )
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ WAL mode lets a report read while several evaluations write. WAL needs a local f
 
 import csv
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vlm4vla.errors import UserError, nearest
+from vlm4vla.files import replacing
 from vlm4vla.types import EpisodeResult
 
 SCHEMA_VERSION = 1
@@ -219,20 +219,17 @@ class Store:
                 rows.append(row)
         plain = ["run_id", *(name for name in COLUMNS if name not in JSON_COLUMNS)]
         columns = plain + sorted({name for row in rows for name in row} - set(plain))
-        partial = path.with_name(path.name + ".partial")
-        if path.suffix == ".csv":
-            with partial.open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+        with replacing(path) as partial:
+            if path.suffix == ".csv":
+                with partial.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, columns)
+                    writer.writeheader()
+                    writer.writerows(rows)
+            else:
+                import pyarrow as pa
+                import pyarrow.parquet as pq
 
-            pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+                pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), partial)
 
 
 def _result(row: tuple) -> EpisodeResult:

@@ -1,6 +1,5 @@
 """Training checkpoints: one safetensors file, replaced atomically. Nothing is ever unpickled."""
 
-import os
 import shlex
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm4vla.errors import UserError
+from vlm4vla.files import replacing
 
 NAME = "checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -17,15 +17,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write ``path`` so that it is whole or absent."""
-    partial = path.with_suffix(".partial")
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
-    except SafetensorError as error:
+        with replacing(path) as partial:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    except (SafetensorError, OSError) as error:
         mend = "free some space (df -h) and run the same command again: what is finished is kept"
-        raise UserError(f"{partial} could not be written: {error}", "room and permission to write it", mend) from error
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+        raise UserError(f"{path} could not be written: {error}", "room and permission to write it", mend) from error
 
 
 def save(

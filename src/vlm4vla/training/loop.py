@@ -7,7 +7,6 @@ and a run that is killed at any moment and started again ends with the weights o
 
 import json
 import math
-import os
 import shlex
 import shutil
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm4vla.errors import UserError
+from vlm4vla.files import write_text
 from vlm4vla.locks import locked
 from vlm4vla.metrics import read_metrics
 from vlm4vla.policy import torch_device
@@ -150,7 +150,7 @@ def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: R
                 saved_at = time.monotonic()
     bar.close()
     accelerator.end_training()
-    _write(out / FINISHED, json.dumps({"identity": identity}))
+    write_text(out / FINISHED, json.dumps({"identity": identity}))
     _export(objective, trained, average, out / "policy")
 
 
@@ -176,7 +176,7 @@ class Metrics:
 
     def __init__(self, path: Path, done: int):
         rows = read_metrics(path)
-        _write(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
         self.path = path
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -211,16 +211,6 @@ def _require_same(out: Path, identity: str) -> None:
             f"a policy of {identity}, or none",
             f"train into another folder, or remove this one: rm -r {shlex.quote(str(out))}{vouch}",
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write ``path`` so that it is whole or absent."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _export(objective: Objective, trained: dict[str, nn.Parameter], average: dict[str, Tensor], folder: Path) -> None:

@@ -1,6 +1,5 @@
 """A look at the simulator: the expert's episode as a film strip and as an MP4."""
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm4vla.files import replacing
 from vlm4vla.sims.grinningface.env import CONTROL_HZ, GrinningFace
 
 IMAGE_SIZE = 224
@@ -48,24 +48,16 @@ def write_strip(path: Path, frames: list[np.ndarray], title: str) -> None:
         x = column * (size + GAP)
         sheet.paste(Image.fromarray(frames[step]), (x, BAR))
         draw.text((x + 2, size + BAR + 4), f"step {step}", fill=INK, font=font)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        sheet.save(file, "PNG", optimize=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG", optimize=True)
 
 
 def write_film(path: Path, frames: list[np.ndarray]) -> None:
     """H.264 at the control rate: as fast as it happened. The last frame stays for a second."""
-    partial = path.with_name(path.name + ".partial")
-    with av.open(str(partial), "w", format="mp4") as container:
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(CONTROL_HZ), options={"crf": "18"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in [*frames, *[frames[-1]] * int(CONTROL_HZ)]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)

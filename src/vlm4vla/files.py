@@ -1,0 +1,50 @@
+"""Files that are whole or absent: written under another name, synced, renamed."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when the block ends well: ``path`` is whole or absent, never partial.
+
+    Its name holds the machine and the process, so that several may write ``path`` at once (the last one stays); what a
+    process of this machine left when it was killed is removed by the next one that writes ``path``.
+    """
+    mark = f".{path.name}.{socket.gethostname()}."
+    for old in path.parent.glob(f"{_literal(mark)}*.partial"):
+        process = old.name.removeprefix(mark).removesuffix(".partial")
+        if process.isdecimal() and not _alive(int(process)):
+            old.unlink(missing_ok=True)
+    partial = path.with_name(f"{mark}{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``path`` with this text in UTF-8, whole or as it was."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _literal(name: str) -> str:
+    """``name`` as a glob pattern that only it matches."""
+    return name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

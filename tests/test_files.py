@@ -1,0 +1,56 @@
+"""Files that are whole or absent, whoever is killed."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from vlm4vla.files import replacing, write_text
+
+
+def test_the_file_appears_whole_and_nothing_else_stays(tmp_path):
+    write_text(tmp_path / "a.txt", "ä")
+    assert (tmp_path / "a.txt").read_bytes() == "ä".encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="partial"), replacing(path):
+        pass  # nothing was written
+    with contextlib.suppress(RuntimeError), replacing(path) as partial:
+        partial.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
+    """Only that of this file and of processes that are no more."""
+    path = tmp_path / "a[1]*.txt"
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from vlm4vla.files import replacing
+        with replacing(Path(sys.argv[1])) as partial:
+            partial.write_text("ha")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    for target in (path, tmp_path / "b.txt"):
+        assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode != 0
+    alive = tmp_path / f".{path.name}.{socket.gethostname()}.{os.getppid()}.partial"
+    elsewhere = tmp_path / f".{path.name}.another-host.1.partial"
+    for other in (alive, elsewhere):
+        other.touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    write_text(path, "whole")
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert path.name in left
+    assert len(left) == 4
+    assert alive.exists()
+    assert elsewhere.exists()
+    assert any(name.startswith(".b.txt.") for name in left)
