@@ -1,6 +1,7 @@
 """Files that are whole or absent, whoever is killed."""
 
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from vlm4vla.errors import mendable
 from vlm4vla.files import replacing, write_text
 
 
@@ -27,6 +29,12 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, replacing(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(tmp_path / "a.txt") in str(mendable(caught.value))
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):

@@ -83,7 +83,9 @@ def test_the_same_run_is_one_cell(write):
         ("evaluate:", "evaluation:", r"unknown key \(nearest: evaluate\)"),
         ("fake/b/v1", "other/b/v1", "no protocol 'other/b/v1'"),
         ("  data.protocol: fake/line/v1", "  data.protocol: null", "one of the two"),
-        ("name: place", "name: ''", "at least 1 character"),
+        ("name: place", "name: ''", "should match pattern"),
+        ("name: place", "name: ../elsewhere", "should match pattern"),
+        ("name: place", "name: -rf", "should match pattern"),
         ("matrix:", "matrix: [", "not YAML"),
         ("when: {treatment: scratch}", "when: {treatment: freeze_llm}", "no cell for the override.*freeze_llm"),
         ("when: {treatment: scratch}", "when: {treatment: scrach}", "`when`: treatment: Input should be"),
@@ -121,11 +123,12 @@ def test_plan_tells_done_from_missing(write, tmp_path):
         for i in range(10):
             store.add(second, result("fake/a/v1", i, None if i == 3 else False))
         store.add(second, result("fake/a/v1", 10))  # beyond what is asked for
-        store.set_run(third, status="training")
+        store.set_run(third, status="failed", message="no room")
     planned = plan(study, tmp_path)
-    assert [row.status for row in planned.rows] == ["done", "partial", "partial", "todo", "todo", "todo"]
+    assert [row.status for row in planned.rows] == ["done", "partial", "todo", "todo", "todo", "todo"]
     assert planned.rows[1].missing == {"fake/a/v1": 1, "fake/b/v1": 10}
     text = str(planned)
     assert "place: 1 of 6 cells done" in text
     assert "1 fake/a/v1, 10 fake/b/v1" in text
+    assert f"{third} failed: no room" in text
     assert Study.model_validate(study.model_dump()) == study

@@ -25,6 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is told without a name
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

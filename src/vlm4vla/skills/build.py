@@ -74,9 +74,8 @@ def build_vlm(work: Path, folder: Path, runtime: Runtime) -> dict:
     fit(last, SENTENCES, SEED, work / "sentences", runtime, sentences)
     scores = score_folder(work / "sentences" / "policy", test)
     shutil.copytree(work / "sentences" / "policy", folder, dirs_exist_ok=True)
-    parameters = sum(p.numel() for p in load_vlm(str(folder))[0].parameters())
     write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
-    write_text(folder / "README.md", model_card(scores, parameters))
+    write_text(folder / "README.md", model_card(scores, sum(p.numel() for p in vlm.parameters())))
     return scores
 
 

@@ -43,7 +43,8 @@ class Override(Strict):
 class Study(Strict):
     """What a study's YAML file holds."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^\w[\w .-]*$")
+    """Letters, digits, blanks, `_.-`: it stands in messages, on the report and in names of files."""
     base: dict[str, Any] = Field(default_factory=dict)
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
@@ -158,6 +159,8 @@ class PlanRow:
     """Of the run's row in the store."""
     missing: dict[str, int]
     """Episodes still to do by protocol, those of intermediate policies included; faults count as missing."""
+    message: str = ""
+    """Why the last attempt failed."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,9 @@ class Plan:
             table.append((f"{row.cell.run_id}  {labels}".strip(), row.status, row.run, missing or "-"))
         widths = [max(len(line[i]) for line in table) for i in range(3)]
         lines = ["  ".join([*map(str.ljust, line[:3], widths), line[3]]) for line in table]
+        failed = [f"{row.cell.run_id} failed: {row.message}" for row in self.rows if row.run == "failed"]
         done = sum(row.status == "done" for row in self.rows)
-        return "\n".join([*lines, f"{self.name}: {done} of {len(self.rows)} cells done"])
+        return "\n".join([*lines, *failed, f"{self.name}: {done} of {len(self.rows)} cells done"])
 
 
 def plan(study: Study, folder: Path | None = None) -> Plan:
@@ -196,9 +200,9 @@ def _plan_row(cell: Cell, store: Store | None) -> PlanRow:
         begun = begun or finished > 0
     row = store.runs().get(cell.run_id) if store else None
     run: Status = row.status if row else "planned"
-    if not any(missing.values()):
-        return PlanRow(cell, "done", run, missing)
-    return PlanRow(cell, "partial" if begun or run in ("training", "trained") else "todo", run, missing)
+    begun = begun or run in ("training", "trained")
+    status = "partial" if begun else "todo"
+    return PlanRow(cell, status if any(missing.values()) else "done", run, missing, row.message if row else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- dotted keys
