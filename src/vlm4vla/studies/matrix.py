@@ -43,8 +43,7 @@ class Override(Strict):
 class Study(Strict):
     """What a study's YAML file holds."""
 
-    name: str = Field(pattern=r"^\w[\w .-]*$")
-    """Letters, digits, blanks, `_.-`: it stands in messages, on the report and in names of files."""
+    name: str = Field(min_length=1)
     base: dict[str, Any] = Field(default_factory=dict)
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
