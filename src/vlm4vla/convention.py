@@ -15,19 +15,22 @@ class Convention:
     names: tuple[str, ...]
     """One name per action dimension; the last is the gripper."""
     control: str
-    """``delta_ee``: each action moves the *commanded* end-effector pose by that much."""
+    """``delta_ee``: each action moves the *commanded* end-effector pose by that much; ``delta_measured_ee``: the
+    commanded pose becomes the *measured* one moved by that much."""
     frame: str
     """The frame of the deltas, e.g. ``base``."""
     rotation: str
-    """``euler_xyz`` in radians, extrinsic."""
+    """``euler_xyz`` (extrinsic) or ``axis_angle``, in radians; ``..., unit 0.5 rad`` where 1 stands for that much."""
     position_unit: str
-    """``metre``."""
+    """``metre``, or how much 1 stands for: ``0.05 metre``."""
     gripper: str
-    """``1=open,0=closed``: what the gripper dimension's two values mean."""
+    """``1=open,0=closed``: what the gripper dimension's two values mean. Adapters and converters translate to this,
+    whatever their source has, because the heads predict it with a cross-entropy."""
     control_hz: float
     """Actions per simulated second."""
     camera: str
-    """Orientation of stored frames: ``upright`` means the first row is the top of the picture."""
+    """Orientation of stored frames. ``upright``: the first row is the top of the picture; ``upright_mirrored``: and its
+    left is the scene's right."""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -57,3 +60,41 @@ def check_same(a: Convention, a_name: str, b: Convention, b_name: str) -> None:
             f"{a_name} and {b_name} with one convention",
             "convert the data set to the simulator's convention, or evaluate on the simulator it was made for",
         )
+
+
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+LIBERO = Convention(
+    names=POSE,
+    control="delta_measured_ee",
+    frame="base",
+    rotation="axis_angle, unit 0.5 rad",
+    position_unit="0.05 metre",
+    gripper="1=open,0=closed",
+    control_hz=20.0,
+    camera="upright_mirrored",
+)
+"""LIBERO's demonstrations and simulator: robosuite's OSC_POSE in its units of [-1, 1]. The raw gripper is -1 = open,
+1 = closed. Raw frames are upside down; everybody rotates them by 180 degrees, which mirrors them."""
+CALVIN = Convention(
+    names=POSE,
+    control="delta_ee",
+    frame="base",
+    rotation="euler_xyz, unit 0.05 rad",
+    position_unit="0.02 metre",
+    gripper="1=open,0=closed",
+    control_hz=30.0,
+    camera="upright",
+)
+"""CALVIN's ``rel_actions``, in [-1, 1]. The raw gripper is 1 = open, -1 = closed."""
+BRIDGE = Convention(
+    names=POSE,
+    control="delta_ee",
+    frame="base",
+    rotation="euler_xyz",
+    position_unit="metre",
+    gripper="1=open,0=closed",
+    control_hz=5.0,
+    camera="upright",
+)
+"""Bridge V2 as it is distributed in RLDS, and SimplerEnv's WidowX tasks (whose adapter turns the angles into the
+controller's rotation vector)."""
