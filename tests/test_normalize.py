@@ -130,3 +130,73 @@ def test_a_gripper_that_is_not_binary_is_refused():
 def test_nothing_to_fit_is_refused():
     with pytest.raises(UserError, match=r"\(0, 7\)"):
         Normalizer.fit(np.empty((0, 7), np.float32))
+
+
+MODES = ("quantile", "min_max", "mean_std", "fixed", "none")
+
+
+@given(values, st.sampled_from(MODES), st.sampled_from([1.0, 0.65, 2.0]))
+def test_every_mode_is_undone_inside_and_counted_outside(v, mode, bound):
+    n = Normalizer.fit(v, gripper=False, mode=mode, bound=bound)
+    n = Normalizer.from_dict(json.loads(json.dumps(n.to_dict())))
+    normalized = n.normalize(v)
+    low, high = n._interval()
+    inside = (v >= low) & (v <= high)
+    assert n.fraction_clipped(v) == pytest.approx((~inside).mean(0))
+    tolerance = 4e-7 * (np.abs(low) + np.abs(high) + np.abs(v))
+    undone = np.abs(n.unnormalize(normalized) - v) <= tolerance
+    if mode in ("quantile", "min_max", "fixed"):
+        assert np.abs(normalized).max() <= 1
+        assert undone[inside].all()
+    else:  # nothing is clipped
+        assert undone[:, high > low].all()
+
+
+def test_the_intervals_are_what_their_names_say():
+    v = np.random.default_rng(0).normal(1, 2, (1000, 1)).astype(np.float32)
+    for mode, low, high in (
+        ("quantile", *np.quantile(v.astype(float), [0.01, 0.99])),
+        ("min_max", v.min(), v.max()),
+        ("mean_std", v.mean(dtype=float) - v.std(dtype=float), v.mean(dtype=float) + v.std(dtype=float)),
+        ("fixed", -1, 1),
+        ("none", -1, 1),
+    ):
+        n = Normalizer.fit(v, gripper=False, mode=mode)
+        assert n.unnormalize(np.array([[-1.0], [1.0]])).ravel() == pytest.approx([low, high]), mode
+    assert Normalizer.fit(v, gripper=False, mode="min_max").fraction_clipped(v) == [0]
+
+
+def test_calvin_as_the_paper_does_it():
+    a = actions()
+    a[:, :6] *= 15
+    n = Normalizer.fit(a, mode="fixed", bound=0.65)
+    expected = a[:, :6].clip(-0.65, 0.65) / 0.65
+    assert n.normalize(a)[:, :6] == pytest.approx(expected, abs=1e-6)
+    assert n.fraction_clipped(a)[:3] == pytest.approx((np.abs(a[:, :3]) > 0.65).mean(0))
+
+
+def test_the_released_double_normalisation_is_quantiles_with_a_bound():
+    a = actions(3000)
+    once = Normalizer.fit(a).normalize(a)
+    twice = Normalizer.fit(a, bound=0.65)
+    assert twice.normalize(a)[:, :6] == pytest.approx(once[:, :6].clip(-0.65, 0.65) / 0.65, abs=1e-6)
+    assert min(f for d, f in enumerate(twice.fraction_clipped(a)) if d not in (3, 6)) > 0.05
+    inside = np.abs(once[:, :6]) < 0.65
+    assert twice.unnormalize(twice.normalize(a))[:, :6][inside] == pytest.approx(a[:, :6][inside], abs=1e-6)
+
+
+def test_each_dimension_may_have_its_own_mode():
+    a = actions()
+    n = Normalizer.fit(a, mode=("none", "min_max", "quantile", "none", "none", "none"))
+    assert (n.normalize(a)[:, 0] == a[:, 0]).all()
+    assert np.abs(n.normalize(a)[:, 1]).max() == 1
+    assert (n.normalize(a)[:, 6] == a[:, 6]).all()
+    with pytest.raises(UserError, match="6 of"):
+        Normalizer.fit(a, mode=("none", "min_max"))
+
+
+def test_policies_of_earlier_versions_open():
+    a = actions()
+    n = Normalizer.fit(a)
+    old = {"gripper": True, "statistics": n.statistics.to_dict()}
+    assert (Normalizer.from_dict(old).normalize(a) == n.normalize(a)).all()

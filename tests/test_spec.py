@@ -51,3 +51,12 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
     (tmp_path / "binary.yaml").write_bytes(b"\x7fELF\xff\xfe")
     with pytest.raises(UserError, match="not YAML"):
         load_yaml(tmp_path / "binary.yaml")
+
+
+def test_fields_that_came_later_leave_ids_and_files_as_they_were():
+    plain, quantile = RunSpec(), RunSpec.model_validate({"head": {"normalize": "quantile", "bound": 1.0}})
+    assert plain.run_id == quantile.run_id == "full-s0-de93b2e433"
+    assert "normalize" not in plain.model_dump()["head"]
+    other = RunSpec.model_validate({"head": {"normalize": "fixed", "bound": 0.65}})
+    assert other.run_id != plain.run_id
+    assert RunSpec.model_validate(other.model_dump(mode="json")) == other

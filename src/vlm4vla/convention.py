@@ -98,3 +98,4 @@ BRIDGE = Convention(
 )
 """Bridge V2 as it is distributed in RLDS, and SimplerEnv's WidowX tasks (whose adapter turns the angles into the
 controller's rotation vector)."""
+NAMED = {"libero": LIBERO, "calvin": CALVIN, "bridge": BRIDGE}

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vlm4vla.errors import UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+Mode = Literal["quantile", "min_max", "mean_std", "fixed", "none"]
+"""Of normalisation; what each does: ``data/normalize.py``."""
 
 
 class Strict(BaseModel):
@@ -22,6 +24,12 @@ class Strict(BaseModel):
 
 
 Treatment = Literal["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "freeze_vlm", "scratch"]
+
+
+def later(default: Any, **constraints: Any) -> Any:
+    """A field that later versions brought: while it has its default it is left out of dumps, so that a run keeps its
+    id and its files stay readable."""
+    return Field(default=default, exclude_if=lambda value: value == default, **constraints)
 
 
 class HeadSpec(Strict):
@@ -34,6 +42,11 @@ class HeadSpec(Strict):
     """Width of the trunk's output. VLM4VLA's release: 1024."""
     gripper_weight: float = Field(default=0.01, ge=0)
     """Weight of the gripper's BCE beside the pose's Huber loss. VLM4VLA's release: 0.01."""
+    normalize: Mode | tuple[Mode, ...] = later("quantile")
+    """What the head's [-1, 1] stands for: one mode (``data/normalize.py``), or one for each pose dimension."""
+    bound: float = later(1.0, gt=0)
+    """Factor on that interval. ``fixed`` with 0.65: the paper's for CALVIN; ``quantile`` with 0.65: its release's
+    double normalisation of RLDS data."""
 
 
 class DataSpec(Strict):

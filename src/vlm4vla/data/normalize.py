@@ -1,15 +1,23 @@
 """Statistics of actions, and the map between native units and what a head predicts. D dimensions; numpy only.
 
-Pose dimensions go linearly from their 1 % and 99 % quantiles to [-1, 1]; the gripper stays apart as the {0, 1} target
-of a binary cross-entropy. The head ends in tanh and cannot reach beyond [-1, 1], so ``normalize`` clips there; how much
-it clips is never hidden: ``fraction_clipped`` reports it per dimension and every training run records it.
+Each pose dimension goes linearly from an interval to [-1, 1]; the mode says which: from the 1 % to the 99 % quantile
+(``quantile``), from minimum to maximum (``min_max``), mean +- standard deviation (``mean_std``), or [-1, 1] itself
+(``fixed`` with a clip there, ``none`` without). The gripper stays apart as the {0, 1} target of a binary cross-entropy.
+What lies outside the interval is never hidden: ``fraction_clipped`` reports it per dimension and every training run
+records it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import numpy as np
 
 from vlm4vla.errors import UserError
+from vlm4vla.spec import Mode
+
+CLIPPED: tuple[Mode, ...] = ("quantile", "min_max", "fixed")
+"""Modes that clip to [-1, 1]. ``mean_std`` and ``none`` let numbers pass that a head ending in tanh cannot reach."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +70,35 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Native units <-> [-1, 1] per dimension; with ``gripper`` the last dimension stays {0, 1}."""
+    """Native units <-> [-1, 1] per pose dimension."""
 
     statistics: Statistics
     gripper: bool = True
+    """The last dimension is a gripper, 0 or 1, and stays as it is."""
+    modes: tuple[Mode, ...] = ()
+    """One for each pose dimension; empty: ``quantile`` for all."""
+    bound: float = 1.0
+    """Factor on half the interval's width. ``fixed`` with 0.65 is VLM4VLA's for CALVIN; ``quantile`` with 0.65 is the
+    double normalisation of its release: to quantiles, clipped to +-0.65, divided by 0.65."""
 
     @classmethod
-    def fit(cls, values: np.ndarray, gripper: bool = True) -> "Normalizer":
-        """Fit (N, D) numbers in native units.
+    def fit(
+        cls,
+        values: np.ndarray,
+        gripper: bool = True,
+        mode: Mode | Sequence[Mode] = "quantile",
+        bound: float = 1.0,
+    ) -> "Normalizer":
+        """Fit (N, D) numbers in native units; ``mode`` is for all pose dimensions, or one for each.
 
         Raises:
-            UserError: no rows, numbers that are not finite, or a gripper dimension with others than 0 and 1.
+            UserError: no rows, numbers that are not finite, a gripper dimension with others than its two values, or
+                another number of modes than of pose dimensions.
         """
-        normalizer = cls(Statistics.of(values), gripper)
+        statistics, dims = Statistics.of(values), values.shape[1] - gripper
+        modes = (mode,) * dims if isinstance(mode, str) else tuple(mode)
+        if len(modes) != dims or not set(modes) <= set(get_args(Mode)):
+            raise UserError(f"the modes {modes}", f"{dims} of {get_args(Mode)}", "one mode, or one a pose dimension")
         if gripper and not np.isin(values[:, -1], (0, 1)).all():
             strange = values[:, -1][~np.isin(values[:, -1], (0, 1))]
             raise UserError(
@@ -82,19 +106,21 @@ class Normalizer:
                 "a binary gripper in the last action dimension",
                 "convert the data set with its gripper as 0 and 1 (see the data set's convention)",
             )
-        return normalizer
+        return cls(statistics, gripper, modes, bound)
 
     def normalize(self, values: np.ndarray) -> np.ndarray:
-        """Native units (..., D) -> float32 (..., D): pose in [-1, 1], clipped there; the gripper as it is.
+        """Native units (..., D) -> float32 (..., D): pose around [-1, 1], clipped there as the mode says; the gripper
+        as it is.
 
-        A constant dimension (q01 == q99) becomes 0.
+        A constant dimension becomes 0 where the interval comes from the data.
         """
         centre, half = self._centre_and_half()
         scaled = (values - centre) / np.where(half > 0, half, np.inf)
-        return np.where(self._is_pose(), scaled.clip(-1, 1), values).astype(np.float32)
+        scaled = np.where(np.isin(self._modes(), CLIPPED), scaled.clip(-1, 1), scaled)
+        return np.where(self._is_pose(), scaled, values).astype(np.float32)
 
     def unnormalize(self, values: np.ndarray) -> np.ndarray:
-        """The inverse of ``normalize`` inside the quantiles: (..., D) -> float32 (..., D) in native units.
+        """The inverse of ``normalize`` inside the interval: (..., D) -> float32 (..., D) in native units.
 
         The gripper may be a probability; it comes out as 0 or 1 (1 from 0.5 on). A constant dimension comes out as its
         constant, exactly.
@@ -103,21 +129,49 @@ class Normalizer:
         return np.where(self._is_pose(), centre + values * half, values >= 0.5).astype(np.float32)
 
     def fraction_clipped(self, values: np.ndarray) -> list[float]:
-        """The share of (N, D) native values per dimension that lie outside the quantiles; 0 for the gripper."""
-        outside = (values < self.statistics.q01) | (values > self.statistics.q99)
-        return (outside & self._is_pose()).mean(0).tolist()
+        """The share of (N, D) native values per dimension that lie outside the interval, clipped or out of a tanh
+        head's reach; 0 for the gripper."""
+        low, high = self._interval()
+        return (((values < low) | (values > high)) & self._is_pose()).mean(0).tolist()
 
     def to_dict(self) -> dict:
-        return {"gripper": self.gripper, "statistics": self.statistics.to_dict()}
+        settings = {"gripper": self.gripper, "modes": list(self.modes), "bound": self.bound}
+        return settings | {"statistics": self.statistics.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Normalizer":
-        return cls(Statistics.from_dict(values["statistics"]), values["gripper"])
+        # Policies saved by earlier versions name no modes: quantiles, as by default.
+        modes, bound = tuple(values.get("modes", ())), values.get("bound", 1.0)
+        return cls(Statistics.from_dict(values["statistics"]), values["gripper"], modes, bound)
+
+    def _interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 (D,) each: what becomes -1 and 1."""
+        s, ones = self.statistics, np.ones(len(self.statistics.mean))
+        std = np.where(s.min == s.max, 0, s.std)  # a constant's may be a rounding error instead of 0
+        intervals = {
+            "quantile": (s.q01, s.q99),
+            "min_max": (s.min, s.max),
+            "mean_std": (s.mean - std, s.mean + std),
+            "fixed": (-ones, ones),
+            "none": (-ones, ones),
+        }
+        modes = self._modes()
+        low, high = (np.array([intervals[mode][end][d] for d, mode in enumerate(modes)]) for end in (0, 1))
+        if self.bound == 1.0:
+            return low, high  # not through centre and half: the limits themselves lie inside to the bit
+        centre, half = (low + high) / 2, (high - low) / 2
+        return centre - self.bound * half, centre + self.bound * half
 
     def _centre_and_half(self) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self.statistics.q01, self.statistics.q99
+        low, high = self._interval()
         return (low + high) / 2, (high - low) / 2
 
     def _is_pose(self) -> np.ndarray:
         dims = len(self.statistics.mean)
         return np.arange(dims) < dims - self.gripper
+
+    def _modes(self) -> list[Mode]:
+        """One for each dimension, the gripper's included."""
+        pose, dims = int(self._is_pose().sum()), len(self.statistics.mean)
+        modes: list[Mode] = [*(self.modes or ("quantile",) * pose)]
+        return modes + ["none"] * (dims - pose)

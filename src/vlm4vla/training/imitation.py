@@ -77,7 +77,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     torch.manual_seed(spec.seed)
     vlm = treatments.treat(vlm, spec.treatment)
     vla = VLA(vlm, processor, spec, dataset.states.shape[1] if spec.proprioception else 0)
-    actions = Normalizer.fit(dataset.actions)
+    actions = Normalizer.fit(dataset.actions, mode=spec.head.normalize, bound=spec.head.bound)
     card = {
         "run_id": spec.run_id,
         "versions": versions(),
