@@ -103,7 +103,7 @@ def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
     from vlm4vla.sims import protocols
 
     for name, members in {
-        "vlm4vla.backbones.vlm": {"load_vlm": load_vlm},
+        "vlm4vla.backbones.load": {"load_vlm": load_vlm},
         "vlm4vla.data.lerobot": {"Dataset": Dataset},
         "vlm4vla.data.record": {"record": record},
         "vlm4vla.training.imitation": {"train": train, "weights_hash": lambda vlm: vlm},

@@ -108,7 +108,12 @@ def test_policies_of_other_weights_or_demonstrations_are_not_mixed(folder, monke
     before = calls(folder)
     grown = study(seed=[0, 1])
     for owner, name, value, said in (
-        (sys.modules["vlm4vla.backbones.vlm"], "load_vlm", lambda name: ("new weights", None), "the backbone.*now new"),
+        (
+            sys.modules["vlm4vla.backbones.load"],
+            "load_vlm",
+            lambda name: ("new weights", None),
+            "the backbone.*now new",
+        ),
         (fake_stages.Dataset, "content_hash", "e" * 10, "the demonstrations.*now eeee"),
     ):
         with monkeypatch.context() as patch:

@@ -5,4 +5,9 @@ Importing this package imports neither torch nor a simulator. Five files in orde
 ``evaluation/rollout.py`` (the one episode loop), ``studies/runner.py`` (the matrix).
 """
 
+from vlm4vla import torchvision_ops
+
 __version__ = "0.1.0"
+
+# Before transformers, which imports torchvision sooner or later.
+torchvision_ops.install()

@@ -16,7 +16,7 @@ from vlm4vla import __version__
 from vlm4vla.errors import UserError, mendable, nearest
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors"), "train"),
+    **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors"), "train"),
     **dict.fromkeys(("mujoco", "gymnasium", "av"), "grinningface"),
 }
 """What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm4vla import __version__
-from vlm4vla.backbones.vlm import Backbone, Processor, load_vlm, save_vlm
+from vlm4vla.backbones.inputs import Processor
+from vlm4vla.backbones.load import load_vlm
+from vlm4vla.backbones.vlm import Backbone, save_vlm
 from vlm4vla.convention import Convention
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     LlamaConfig,
@@ -129,3 +130,8 @@ def build(
     processor = build_processor(names, words)
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(build_config(processor)), processor
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 (B, 96, 96, 3) -> float32 (B, 3, 96, 96), to the last bit what the PIL image processor makes of them."""
+    return images.permute(0, 3, 1, 2).float().contiguous().div_(127.5).sub_(1)

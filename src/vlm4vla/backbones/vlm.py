@@ -1,70 +1,31 @@
 """The one adapter: any Hugging Face VLM, read at one learnable action query. B batch, L sequence, D hidden size.
 
-The query is one more position right after each *unpadded* prompt. It copies the id, mask and type of the prompt's last
-token, so that every family sees an ordinary text token there; during the forward pass the embedding table answers that
-position with the learnable vector. The VLM's own forward, masks and positions are used; its LM head is never run.
-Placed by position and not by a reserved id, because in some families the last vocabulary row is a real token.
+The query is one more position right after each *unpadded* prompt (``backbones.inputs``). During the forward pass the
+embedding table answers that position with the learnable vector. The VLM's own forward, masks and positions are used;
+its LM head is never run. Placed by position and not by a reserved id, because in some families the last vocabulary row
+is a real token. What differs between families is a row in ``backbones.families``.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from vlm4vla.backbones import tiny
-from vlm4vla.errors import UserError
+from vlm4vla.backbones.families import family
+from vlm4vla.backbones.inputs import Inputs, Processor
 
 # One bar a job is enough: ours.
 logging.disable_progress_bar()
 
-Processor = Any
-"""A transformers processor; their call signatures are only known at run time."""
 
-PROMPT = "what action should the robotic arm take to {instruction}"
-"""VLM4VLA's question for instruction-tuned VLMs (its Qwen and InternVL templates)."""
-
-
-def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
-    """``tiny``, a local folder or a hub id -> fp32 model and processor, right padding.
-
-    Only safetensors are read: nothing is ever unpickled.
-
-    Raises:
-        UserError: nothing there that transformers can open as an image-text-to-text model, or a damaged one.
-    """
-    source = str(tiny.FOLDER) if name == "tiny" else name
-    if name == "tiny" and not (tiny.FOLDER / "model.safetensors").is_file():
-        raise UserError(f"no weights in {tiny.FOLDER}", "the embedded VLM", "make them: vlm4vla vlm train")
-    if "/" not in source and not Path(source).is_dir():  # transformers would ask the hub for minutes
-        raise UserError(f"no backbone {name!r}", "`tiny`, a folder, or a hub id (owner/name)", "check --set backbone=")
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-        vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        folder = Path(source).is_dir()
-        mend = "make or copy that folder again" if folder else "check the name, or download it: hf download <id>"
-        raise UserError(
-            f"backbone {name!r}: {(str(error) or type(error).__name__).splitlines()[0]}",
-            "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model in safetensors",
-            mend,
-        ) from error
-    processor.tokenizer.padding_side = "right"
-    return vlm, processor
-
-
-def prompt(processor: Processor, text: str, system: str | None = None) -> str:
-    """One user turn with an image and ``text`` in the model's own chat template, the assistant's turn opened."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def auto_class(config: PretrainedConfig) -> type:
+    """The transformers class that opens this model, or draws it anew (``from_config``)."""
+    return AutoModel if family(config).base_only else AutoModelForImageTextToText
 
 
 class Backbone(nn.Module):
@@ -79,6 +40,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.processor = processor
+        self.inputs = Inputs(processor, family(vlm.config))
         self.hidden_size: int = vlm.config.get_text_config().hidden_size
         self.query = nn.Parameter(torch.zeros(self.hidden_size))
         embeddings = vlm.get_input_embeddings()
@@ -91,15 +53,18 @@ class Backbone(nn.Module):
         return getattr(self.vlm, self.vlm.base_model_prefix, self.vlm)
 
     def encode(self, images: Sequence[np.ndarray] | np.ndarray, instructions: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 (H, W, 3) pictures and instructions -> the VLM's inputs, with ``query_position`` (B,)."""
-        texts = [prompt(self.processor, PROMPT.format(instruction=text)) for text in instructions]
-        inputs = dict(self.processor(text=texts, images=list(images), return_tensors="pt", padding=True))
-        return append_query(inputs)
+        """uint8 (H, W, 3) pictures of one size and instructions -> ``forward``'s inputs, on the CPU.
+
+        ``images`` uint8 (B, H, W, 3), the prompts' token ids, mask and types (B, L), ``query_position`` (B,).
+        """
+        pictures = torch.from_numpy(np.ascontiguousarray(np.stack(list(images))))
+        return {"images": pictures, **self.inputs.tokens(instructions, *pictures.shape[1:3])}
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """``encode``'s inputs -> float32 (B, D): the last layer's hidden state at the query."""
+        """``encode``'s inputs, moved to the model's device -> float32 (B, D): the last hidden state at the query."""
         inputs = dict(inputs)
         position = inputs.pop("query_position")
+        inputs |= self.inputs.pixels(inputs.pop("images"))
         rows = torch.arange(len(position), device=position.device)
         with self._query_at(inputs["input_ids"].shape, rows, position):
             hidden = self.core(**inputs, use_cache=False).last_hidden_state
@@ -119,18 +84,6 @@ class Backbone(nn.Module):
             yield
         finally:
             handle.remove()
-
-
-def append_query(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Right-padded (B, L) inputs -> (B, L + 1) with a query slot after each prompt, and ``query_position`` (B,)."""
-    shape, length = inputs["input_ids"].shape, inputs["attention_mask"].sum(1)
-    rows = torch.arange(shape[0])
-    result = dict(inputs)
-    for name, value in inputs.items():
-        if value.shape == shape:
-            result[name] = torch.cat([value, value[:, -1:]], 1)
-            result[name][rows, length] = value[rows, length - 1]
-    return {**result, "query_position": length}
 
 
 def save_vlm(vlm: PreTrainedModel, processor: Processor, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vlm4vla.backbones import tiny
-from vlm4vla.backbones.vlm import load_vlm
+from vlm4vla.backbones.load import load_vlm
 from vlm4vla.files import write_text
 from vlm4vla.sims.grinningface import emoji
 from vlm4vla.skills.questions import CUES, FILLER, TEMPLATES, Scenes, words

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm4vla.backbones.vlm import Processor, prompt
+from vlm4vla.backbones.inputs import Processor, prompt
 from vlm4vla.evaluation.interval import wilson
 from vlm4vla.skills.questions import Scenes, ask
 

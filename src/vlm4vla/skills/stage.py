@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm4vla.backbones import tiny
+from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.treatments import groups
-from vlm4vla.backbones.vlm import Processor, save_vlm
+from vlm4vla.backbones.vlm import save_vlm
 from vlm4vla.data.augment import jitter_and_shift
 from vlm4vla.skills.questions import Scenes, ask
 
@@ -106,7 +107,7 @@ class Stage:
         images, shift = jitter_and_shift(self.scenes.images[indices], rng, jitter=0.08, shift=MAX_SHIFT)
         points = np.stack([self.scenes.block_uv[indices], self.scenes.gripper_uv[indices]], 1) + shift[:, None]
         batch = {
-            "pixel_values": pixels(images),
+            "pixel_values": tiny.pixels(torch.from_numpy(images)),
             "cells": torch.from_numpy(self.cells[indices]),
             "points": torch.from_numpy(points.astype(np.float32)),
         }
@@ -173,11 +174,6 @@ class Stage:
         names = ("input_ids", "labels", "position_ids")
         tensors = dict(zip(names, map(torch.from_numpy, (ids, labels, position)), strict=True))
         return tensors | {"attention_mask": mask}
-
-
-def pixels(images: np.ndarray) -> Tensor:
-    """uint8 (B, S, S, 3) at the model's own size -> what its image processor makes of them (tested to be equal)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def cell_labels(scenes: Scenes) -> np.ndarray:

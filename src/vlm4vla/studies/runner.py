@@ -188,7 +188,7 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
     trained = [cell for cell in cells if (run_folder(folder, cell.run_id) / "policy").is_dir()]
     if not trained:
         return
-    from vlm4vla.backbones.vlm import load_vlm
+    from vlm4vla.backbones.load import load_vlm
     from vlm4vla.data.lerobot import Dataset
     from vlm4vla.training.imitation import weights_hash
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm4vla.backbones import treatments
-from vlm4vla.backbones.vlm import load_vlm
+from vlm4vla.backbones.load import load_vlm
 from vlm4vla.data.augment import jitter_and_shift
 from vlm4vla.data.cache import frames
 from vlm4vla.data.lerobot import Dataset

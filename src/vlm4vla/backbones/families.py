@@ -1,0 +1,80 @@
+"""Families of VLMs: one row each for what cannot be read off the model or its processor. No torch here.
+
+The common way needs no row: the model's own chat template with one picture and ``QUESTION``, its own processor, its own
+forward. ``docs/backbones.md`` tells how to find out whether a new family needs one (``vlm4vla backbones check ID``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+QUESTION = "What action should the robotic arm take to {instruction}"
+"""VLM4VLA's question for instruction-tuned VLMs (its Qwen and InternVL templates)."""
+SYSTEM = "You are a helpful assistant."
+"""VLM4VLA's system message for them. Said explicitly: not every version of these templates adds it by itself."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family departs from the common way."""
+
+    title: str
+    hub_ids: tuple[str, ...] = ()
+    """Known models, for ``backbones list`` and for the nearest name of a misspelt one."""
+    system: str | None = None
+    """System message before the question."""
+    plain: str | None = None
+    """The whole prompt of a family without a chat template; its processor adds the rest (bos, newline, picture)."""
+    images: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the image processor: one tile a picture, where the family would cut it into several."""
+    query_type: int | None = None
+    """``token_type_ids`` of the query, where it is not that of the prompt's last token."""
+    base_only: bool = False
+    """Opened with ``AutoModel``: the class with the LM head is not built around a model without it."""
+    embedded: bool = False
+    """The VLM that ships with this package (``backbones.tiny``)."""
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family("Qwen2-VL", ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"), SYSTEM),
+    "qwen2_5_vl": Family("Qwen2.5-VL", ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"), SYSTEM),
+    "qwen3_vl": Family("Qwen3-VL", tuple(f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B")), SYSTEM),
+    "qwen3_vl_moe": Family("Qwen3-VL-MoE", ("Qwen/Qwen3-VL-30B-A3B-Instruct",), SYSTEM),
+    "qwen3_5": Family("Qwen3.5"),
+    "qwen3_5_moe": Family("Qwen3.5-MoE"),
+    # Picture and prompt attend to each other in both directions (type 0), the query to both (type 1): a prefix LM.
+    # Of type 0, the query would be seen by the prompt, and padding with it.
+    "paligemma": Family(
+        "PaliGemma 1 and 2",
+        ("google/paligemma-3b-pt-224", "google/paligemma2-3b-pt-224"),
+        plain="<image>{instruction}",
+        query_type=1,
+    ),
+    "kosmos-2": Family("Kosmos-2", ("microsoft/kosmos-2-patch14-224",), plain="<p>{instruction}\n</p>", base_only=True),
+    "internvl": Family("InternVL3.5", ("OpenGVLab/InternVL3_5-4B-HF",), SYSTEM, images={"crop_to_patches": False}),
+    "gemma3": Family("Gemma 3"),
+    "gemma4": Family("Gemma 4"),
+    "smolvlm": Family("SmolVLM2", images={"do_image_splitting": False}),
+    "idefics3": Family("Idefics3", images={"do_image_splitting": False}),
+    "llava": Family("LLaVA"),
+    "llava_onevision": Family("LLaVA-OneVision"),
+    "glm4v": Family("GLM-4.1V"),
+    "glm46v": Family("GLM-4.6V"),
+    "mistral3": Family("Mistral 3"),
+    "molmo2": Family("Molmo2", images={"max_crops": 1}),
+}
+"""``model_type`` of the configuration -> row."""
+EMBEDDED = Family("the embedded VLM", ("tiny",), embedded=True)
+
+
+def family(config: Any) -> Family:
+    """The row of a transformers configuration; the common way for a family that has none."""
+    # The embedded VLM is a LLaVA too, and the only one with this encoder.
+    if getattr(getattr(config, "vision_config", None), "model_type", None) == "segformer":
+        return EMBEDDED
+    return FAMILIES.get(config.model_type, Family(config.model_type))
+
+
+def hub_ids() -> list[str]:
+    """All known models, the embedded one first."""
+    return [name for row in (EMBEDDED, *FAMILIES.values()) for name in row.hub_ids]

@@ -1,0 +1,123 @@
+"""Pictures and instructions -> a VLM's inputs. B batch, L sequence.
+
+The two halves of a transformers processor, apart: the text of an instruction is prepared once (a data set has few),
+pictures are resized and normalised in batches by the model's own image processor, on the device that holds them.
+Together they are what the whole processor would have made (``backbones.check`` compares them).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.image_processing_backends import TorchvisionBackend
+
+from vlm4vla.backbones import tiny
+from vlm4vla.backbones.families import QUESTION, Family
+from vlm4vla.errors import UserError
+
+Processor = Any
+"""A transformers processor; their call signatures are only known at run time."""
+INSTRUCTIONS_KEPT = 1 << 14
+
+
+def prompt(processor: Processor, text: str, system: str | None = None, image: bool = True) -> str:
+    """One user turn with an image and ``text`` in the model's own chat template, the assistant's turn opened."""
+    content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    # A policy acts in one forward pass: templates that know of thinking leave it out.
+    thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+
+
+class Inputs:
+    """Makes a VLM's inputs, with one more position for the action query right after each prompt."""
+
+    def __init__(self, processor: Processor, family: Family):
+        """Raises: UserError: there is no way to put a picture into the prompt."""
+        self.processor, self.family = processor, family
+        self.rows = lru_cache(INSTRUCTIONS_KEPT)(self._row)
+        self.image_names: frozenset[str] = frozenset()
+        if family.plain is None:
+            _require_image(processor)
+
+    def prompt(self, instruction: str) -> str:
+        """The text that the processor is given."""
+        if self.family.plain is not None:
+            return self.family.plain.format(instruction=instruction)
+        return prompt(self.processor, QUESTION.format(instruction=instruction), self.family.system)
+
+    def native(self, images: Sequence[np.ndarray], text: Sequence[str]) -> dict[str, Tensor]:
+        """What the model's own processor makes of pictures and prompts, right-padded."""
+        bos = self.processor.tokenizer.bos_token
+        # Several templates write the bos token that their tokenizer adds once more.
+        written = {"add_special_tokens": False} if bos and self.family.plain is None and text[0].startswith(bos) else {}
+        made = self.processor(
+            text=list(text),
+            images=[[image] for image in images],
+            return_tensors="pt",
+            text_kwargs={"padding": True, "padding_side": "right", **written},
+            images_kwargs=dict(self.family.images),
+        )
+        return {name: value for name, value in made.items() if name != "labels"}
+
+    def tokens(self, instructions: Sequence[str], height: int, width: int) -> dict[str, Tensor]:
+        """Token ids, mask and types (B, L) for pictures of this size, right-padded, and ``query_position`` (B,)."""
+        rows = [self.rows(instruction, height, width) for instruction in instructions]
+        pad = {"input_ids": self.processor.tokenizer.pad_token_id}
+        batch = {
+            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=pad.get(name, 0))
+            for name in rows[0]
+        }
+        return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
+
+    def pixels(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, H, W, 3) on any device -> the model's picture inputs on that device."""
+        if self.family.embedded and images.shape[1:3] == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE):
+            return {"pixel_values": tiny.pixels(images)}
+        self.rows("", *images.shape[1:3])  # finds out which inputs are the picture's
+        processor = self.processor.image_processor
+        options: dict[str, Any] = {**getattr(self.processor, "images_kwargs", {}), **self.family.images}
+        if isinstance(processor, TorchvisionBackend):
+            pictures, options["device"] = images.permute(0, 3, 1, 2), images.device
+        else:
+            pictures = images.cpu().numpy()
+        made = self.processor.image_processor([[picture] for picture in pictures], return_tensors="pt", **options)
+        return {name: value.to(images.device) for name, value in made.items() if name in self.image_names}
+
+    def _row(self, instruction: str, height: int, width: int) -> dict[str, Tensor]:
+        """The unpadded prompt's (L,) tensors, the last token once more for the query.
+
+        A copy of the last token, so that every family sees an ordinary text token there.
+        """
+        blank = np.zeros((height, width, 3), np.uint8)
+        made = self.native([blank], [self.prompt(instruction)])
+        shape = made["input_ids"].shape
+        self.image_names = frozenset(name for name, value in made.items() if value.shape != shape)
+        row = {
+            name: torch.cat([value[0], value[0, -1:]]) for name, value in made.items() if name not in self.image_names
+        }
+        if self.family.query_type is not None:
+            row["token_type_ids"][-1] = self.family.query_type
+        return row
+
+
+def _require_image(processor: Processor) -> None:
+    name = type(processor).__name__
+    if getattr(processor, "chat_template", None) is None:
+        raise UserError(
+            f"{name} without a chat template",
+            "a chat template that takes a picture, or a row that says how the prompt is written",
+            "choose the instruction-tuned model, or add a row to backbones/families.py (docs/backbones.md)",
+        )
+    if prompt(processor, "") == prompt(processor, "", image=False):
+        raise UserError(
+            f"{name}, whose chat template has no place for a picture",
+            "a template that writes the image token",
+            "choose a vision-language model: vlm4vla backbones list",
+        )

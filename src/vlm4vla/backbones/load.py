@@ -1,0 +1,135 @@
+"""Opening a VLM by name, and saying plainly what is wrong with a name that cannot be opened."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from vlm4vla.backbones import tiny
+from vlm4vla.backbones.families import hub_ids
+from vlm4vla.backbones.inputs import Processor
+from vlm4vla.backbones.vlm import auto_class
+from vlm4vla.errors import UserError, nearest
+
+EXPECTED = "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model in safetensors"
+FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+"""What transformers raises for files that it cannot find or make sense of."""
+
+
+def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
+    """``tiny``, a local folder or a hub id -> fp32 model and processor.
+
+    Only safetensors are read: nothing is ever unpickled, and no code of a model's repository is run.
+
+    Raises:
+        UserError: nothing there that transformers can open as an image-text-to-text model, or a damaged one.
+    """
+    config, processor = load_config(name), load_processor(name)
+    try:
+        vlm, found = auto_class(config).from_pretrained(
+            _source(name), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except FAILURES as error:
+        raise _cannot_open(name, error) from error
+    if absent := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise UserError(
+            f"backbone {name!r} lacks {len(absent)} of its weights ({', '.join(absent[:3])}, ...)",
+            f"all weights of a {type(vlm).__name__}",
+            _mend(name),
+        )
+    return vlm, processor
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration alone, without weights.
+
+    Raises:
+        UserError: no such model, one that this transformers does not know, or one that takes no pictures.
+    """
+    if name == "tiny" and not (tiny.FOLDER / "model.safetensors").is_file():
+        raise UserError(f"no weights in {tiny.FOLDER}", "the embedded VLM", "make them: vlm4vla vlm train")
+    if "/" not in _source(name) and not Path(name).is_dir():  # transformers would ask the hub for minutes
+        raise UserError(
+            f"no backbone {name!r} (nearest: {nearest(name, hub_ids())})",
+            "`tiny`, a folder, or a hub id (owner/name)",
+            "vlm4vla backbones list",
+        )
+    try:
+        config = AutoConfig.from_pretrained(_source(name))
+    except FAILURES as error:
+        raise _cannot_open(name, error) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(
+            f"backbone {name!r} is a {config.model_type!r} model, which takes no pictures with its text",
+            EXPECTED,
+            "choose a vision-language model: vlm4vla backbones list",
+        )
+    return config
+
+
+def load_processor(name: str) -> Processor:
+    """Raises: UserError: there is none, or not of pictures and text."""
+    try:
+        processor = AutoProcessor.from_pretrained(_source(name))
+    except FAILURES as error:
+        raise _cannot_open(name, error) from error
+    if not hasattr(processor, "image_processor"):
+        raise UserError(
+            f"backbone {name!r}, whose processor is a {type(processor).__name__} without an image processor",
+            "a processor of pictures and text (processor_config.json or preprocessor_config.json)",
+            _mend(name),
+        )
+    return processor
+
+
+def _source(name: str) -> str:
+    return str(tiny.FOLDER) if name == "tiny" else name
+
+
+def _mend(name: str) -> str:
+    if Path(_source(name)).is_dir():
+        return "make or copy that folder again"
+    return f"check the name, or download it: hf download {name}"
+
+
+def _cannot_open(name: str, error: Exception) -> UserError:
+    causes = list(_causes(error))
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    folder = Path(_source(name)).is_dir()
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return UserError(
+            f"backbone {name!r} is gated",
+            "an account that has accepted its licence",
+            f"accept it on https://huggingface.co/{name}, then: hf auth login",
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return UserError(
+            f"no model {name!r} on the hub, or a private one (nearest: {nearest(name, hub_ids())})",
+            EXPECTED,
+            "vlm4vla backbones list; for a private model: hf auth login",
+        )
+    if not folder and any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
+        return UserError(
+            f"backbone {name!r} is not on this machine, and the hub cannot be reached (nearest: "
+            f"{nearest(name, hub_ids())})",
+            "a model in the local cache or in a folder",
+            f"where the hub can be reached: hf download {name}; then copy the folder here",
+        )
+    if "does not recognize this architecture" in str(error):
+        return UserError(
+            f"backbone {name!r} is of a family that transformers {transformers.__version__} does not know ({text})",
+            "a version that knows it; its config.json may name the one it was written with",
+            "pip install --upgrade transformers",
+        )
+    return UserError(f"backbone {name!r}: {text}", EXPECTED, _mend(name))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
