@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from fake_sim import CONVENTION
 from vlm4vla.data import write as writing
 from vlm4vla.data.cache import frames
-from vlm4vla.data.lerobot import Dataset, inspect
+from vlm4vla.data.inspect import inspect
+from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.write import Episode, pixel_statistics, write
 from vlm4vla.errors import UserError
 
@@ -190,10 +191,13 @@ DAMAGE = {
     "no info": (lambda f: (f / "meta/info.json").unlink(), "info.json"),
     "half an info": (lambda f: truncate(f / "meta/info.json"), "info.json"),
     "foreign json": (lambda f: (f / "meta/info.json").write_text("[1]"), "codebase_version None"),
-    "old version": (lambda f: info(f, codebase_version="v2.1"), "codebase_version 'v2.1'"),
+    "old version": (lambda f: info(f, codebase_version="v1.6"), "codebase_version 'v1.6'"),
     "no fps": (lambda f: info(f, fps=None), "info.json: no fps"),
     "no action": (lambda f: info(f, features={}), "info.json: no features.action"),
-    "videos": (lambda f: info(f, features={"action": {}, "v": {"dtype": "video"}}), r"videos \['v'\]"),
+    "no film": (
+        lambda f: info(f, features={"action": {}, "v": {"dtype": "video"}}),
+        "episodes.*columns.*videos/v/from_timestamp",
+    ),
     "no tasks": (lambda f: (f / "meta/tasks.parquet").unlink(), "tasks.parquet: no such file"),
     "no episodes": (lambda f: (f / EPISODES).unlink(), "episodes: no Parquet file"),
     "half a data file": (lambda f: truncate(f / DATA), "file-000.parquet: damaged"),
@@ -202,7 +206,7 @@ DAMAGE = {
     "foreign data file": (lambda f: rewrite(f / DATA, lambda t: t.drop("action")), "file-000.parquet: .*columns"),
     "frames missing": (lambda f: rewrite(f / DATA, lambda t: t.slice(1)), "7 frames.*8 as in"),
     "frames swapped": (lambda f: rewrite(f / DATA, lambda t: t.take([1, 0, *range(2, 8)])), "frames of other"),
-    "gap": (lambda f: rewrite(f / EPISODES, lambda t: t.take([0, 2])), "gaps, overlaps"),
+    "gap": (lambda f: rewrite(f / EPISODES, lambda t: t.take([0, 2])), "gaps or overlaps"),
     "tasks missing": (lambda f: rewrite(f / "meta/tasks.parquet", lambda t: t.slice(0, 1)), "task 1.*one of the 1"),
     "action size": (lambda f: info(f, features={"action": {"shape": [6]}}), "action with 7 numbers"),
 }

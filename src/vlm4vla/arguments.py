@@ -42,7 +42,8 @@ def trained_on(spec: RunSpec, folder: Path) -> tuple[RunSpec, str | None]:
     The spec keeps its data section where the folder is exactly the recording that the section describes; otherwise it
     names the folder, for a policy's spec must not claim other demonstrations than it saw.
     """
-    from vlm4vla.data.lerobot import OWN_KEY, Dataset
+    from vlm4vla.data.layout import OWN_KEY
+    from vlm4vla.data.lerobot import Dataset
     from vlm4vla.data.record import recording
 
     found = Dataset.open(folder).info.get(OWN_KEY, {}).get("provenance", {}).get("recording")

@@ -17,7 +17,8 @@ from vlm4vla.errors import UserError, mendable, nearest
 
 EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors"), "train"),
-    **dict.fromkeys(("mujoco", "gymnasium", "av"), "grinningface"),
+    **dict.fromkeys(("mujoco", "gymnasium"), "grinningface"),
+    "av": "data",
 }
 """What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -143,7 +144,7 @@ def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers
 @click.argument("folder", type=FOLDER)
 def data_inspect(folder: Path) -> None:
     """Say what a LeRobotDataset v3 folder holds."""
-    from vlm4vla.data.lerobot import inspect
+    from vlm4vla.data.inspect import inspect
 
     click.echo(inspect(folder))
     next_step("vlm4vla train --data {} --out runs/mine", folder)

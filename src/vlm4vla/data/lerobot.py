@@ -1,13 +1,7 @@
-"""Reads LeRobotDataset v3.0 folders with pyarrow alone. N frames, E episodes, A action, S state.
+"""An opened LeRobotDataset folder (files: ``layout.py``). N frames, E episodes, A action, S state.
 
-    meta/info.json                            version, fps, features; our convention and provenance under ``vlm4vla``
-    meta/stats.json                           statistics per feature
-    meta/tasks.parquet                        task_index by task (the instruction)
-    meta/episodes/chunk-000/file-000.parquet  per episode: tasks, length, where its rows are, statistics
-    data/chunk-000/file-000.parquet           per frame: pictures, state, action, counters; one row group per episode
-
-Pictures are PNG files inside the data files (feature type ``image``): lossless, so training can be repeated to the bit.
-Layout and types are those of huggingface/lerobot 0.4, whose own loader opens our folders (``tests/test_lerobot.py``).
+Pictures are PNG files inside the data files (dtype ``image``: lossless, so training can be repeated to the bit) or
+films (dtype ``video``: far smaller). lerobot's own loader opens our folders and we its (``tests/test_lerobot.py``).
 """
 
 import hashlib
@@ -20,18 +14,27 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from vlm4vla.convention import Convention
+from vlm4vla.data.layout import (
+    IMAGE,
+    OWN_KEY,
+    STATE,
+    Clips,
+    damaged,
+    parquet,
+    read,
+    read_episodes,
+    read_info,
+    read_tasks,
+    require,
+    vectors,
+)
 from vlm4vla.errors import UserError
 
-VERSION = "v3.0"
-OWN_KEY = "vlm4vla"
-"""Our entry in ``meta/info.json``; lerobot passes over keys that it does not know."""
-IMAGE = "observation.images."
-STATE = "observation.state"
-FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+BATCH = 256
+"""Frames that ``batches`` decodes at a time from films."""
 
 
 @dataclass(frozen=True)
@@ -57,49 +60,52 @@ class Dataset:
     """The data files in frame order."""
     row_groups: np.ndarray
     """int64 (G, 3): first frame, file number and number within the file of each row group."""
+    clips: dict[str, Clips]
+    """Where films are, by feature."""
 
     @classmethod
     def open(cls, folder: Path | str) -> "Dataset":
-        """Open a LeRobotDataset v3.0 folder.
+        """Open a LeRobotDataset folder.
 
         Raises:
             UserError: nothing there, another format, or a file that is missing, damaged or at odds with the others.
         """
         folder = Path(folder)
-        info = _read_info(folder)
-        tasks = _read_tasks(folder / "meta" / "tasks.parquet")
-        episode_from, episode_to = _read_episodes(folder)
+        info = read_info(folder)
+        tasks = read_tasks(folder, info)
+        episodes = read_episodes(folder, info)
         names = ["action", "episode_index", "index", "task_index"] + [STATE] * (STATE in info["features"])
         files = tuple(sorted((folder / "data").glob("*/*.parquet")))
         tables, groups, start = [], [], 0
         for number, path in enumerate(files):
-            file = _parquet(path)
-            _require(path, set(names) <= set(file.schema_arrow.names), f"{file.schema_arrow.names}", f"columns {names}")
-            tables.append(_read(path, names))
+            file = parquet(path)
+            require(path, set(names) <= set(file.schema_arrow.names), f"{file.schema_arrow.names}", f"columns {names}")
+            tables.append(read(path, names))
             for group in range(file.num_row_groups):
                 groups.append((start, number, group))
                 start += file.metadata.row_group(group).num_rows
         where, total = folder / "data", info["total_frames"]
-        _require(where, start == total, f"{start} frames in {len(files)} files", f"{total} as in meta/info.json")
+        require(where, start == total, f"{start} frames in {len(files)} files", f"{total} as in meta/info.json")
         table = pa.concat_tables(tables)
         dataset = cls(
             folder=folder,
             info=info,
             tasks=tasks,
             task_index=table["task_index"].to_numpy(),
-            episode_from=episode_from,
-            episode_to=episode_to,
+            episode_from=episodes.start,
+            episode_to=episodes.stop,
             actions=_vectors(where, table, "action", info),
             recorded_states=_vectors(where, table, STATE, info) if STATE in names else None,
             files=files,
             row_groups=np.array(groups, np.int64),
+            clips=episodes.clips,
         )
-        numbers = np.repeat(np.arange(dataset.num_episodes), episode_to - episode_from)
+        numbers = np.repeat(np.arange(dataset.num_episodes), episodes.stop - episodes.start)
         in_order = np.array_equal(table["index"].to_numpy(), np.arange(start))
         agrees = np.array_equal(table["episode_index"].to_numpy(), numbers)
-        _require(where, in_order and agrees, "frames of other episodes than meta/episodes says", "the same episodes")
+        require(where, in_order and agrees, "frames of other episodes than meta/episodes says", "the same episodes")
         known = dataset.task_index.min() >= 0 and dataset.task_index.max() < len(tasks)
-        _require(where, known, f"task {dataset.task_index.max()}", f"one of the {len(tasks)} in meta/tasks.parquet")
+        require(where, known, f"task {dataset.task_index.max()}", f"one of the {len(tasks)} in meta/tasks.parquet")
         return dataset
 
     @property
@@ -114,11 +120,24 @@ class Dataset:
     def fps(self) -> float:
         return self.info["fps"]
 
+    @cached_property
+    def features(self) -> dict[str, str]:
+        """Feature by camera name: ``main`` for ``observation.images.main``, or as ``vlm4vla.cameras`` in
+        ``meta/info.json`` renames them."""
+        pictures = [name for name, each in self.info["features"].items() if each.get("dtype") in ("image", "video")]
+        given = self.info.get(OWN_KEY, {}).get("cameras", {})
+        unnamed = {name.removeprefix(IMAGE).removeprefix("observation."): name for name in pictures}
+        return {**{name: feature for name, feature in unnamed.items() if feature not in given.values()}, **given}
+
     @property
     def cameras(self) -> dict[str, tuple[int, int]]:
         """Height and width by camera name."""
-        features = {n.removeprefix(IMAGE): f for n, f in self.info["features"].items() if n.startswith(IMAGE)}
-        return {name: (feature["shape"][0], feature["shape"][1]) for name, feature in features.items()}
+        sizes = {}
+        for name, feature in self.features.items():
+            about = self.info["features"][feature]
+            height, width = about["shape"][:2] if about["shape"][-1] == 3 else about["shape"][1:]
+            sizes[name] = (height, width)
+        return sizes
 
     def camera_size(self, camera: str) -> tuple[int, int]:
         """Height and width of a camera's pictures; ``UserError`` where there is no such camera."""
@@ -126,7 +145,7 @@ class Dataset:
             raise UserError(
                 f"{self.folder} with the cameras {list(self.cameras)}",
                 f"a camera named {camera!r}",
-                f"rename the feature in {self.folder}/meta/info.json and the data files, or record it again",
+                f"vlm4vla data describe {self.folder} --camera {camera}={next(iter(self.cameras), 'NAME')}",
             )
         return self.cameras[camera]
 
@@ -153,7 +172,7 @@ class Dataset:
             raise UserError(
                 f"{self.folder}/meta/info.json without {OWN_KEY}.convention",
                 "what its actions mean, as in src/vlm4vla/convention.py",
-                f'add "{OWN_KEY}": {{"convention": {{...}}}} to that file',
+                f"vlm4vla data describe {self.folder} --convention NAME",
             )
         return Convention.from_dict(own["convention"])
 
@@ -167,23 +186,28 @@ class Dataset:
         has the same hash wherever the folder lies; provenance and statistics do not enter."""
         meaning = [self.tasks, self.info["features"], self.fps, self.info.get(OWN_KEY, {}).get("convention")]
         digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-        for path in self.files:
+        films = [path for clips in self.clips.values() for path in clips.files]
+        for path in (*self.files, *films):
             digest.update(path.relative_to(self.folder).as_posix().encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     def images(self, indices: np.ndarray, camera: str = "main") -> np.ndarray:
-        """Decode the pictures of the frames ``indices`` (B,): uint8 (B, height, width, 3). Each row group is read once.
+        """Decode the pictures of the frames ``indices`` (B,): uint8 (B, height, width, 3). Each row group is read once;
+        of films only the wanted frames, and the key frames before them, are decoded.
 
         Raises:
             IndexError: an index outside [0, N).
-            UserError: no such camera, or a damaged picture.
+            UserError: no such camera, or a damaged picture or film.
         """
         indices = np.asarray(indices)
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.num_frames:
             raise IndexError(f"frame indices in [{indices.min()}, {indices.max()}] of {self.num_frames} frames")
-        pictures = np.empty((len(indices), *self.camera_size(camera), 3), np.uint8)
+        size = self.camera_size(camera)
+        if (feature := self.features[camera]) in self.clips:
+            return self._films(indices, self.clips[feature], size)
+        pictures = np.empty((len(indices), *size, 3), np.uint8)
         groups = np.searchsorted(self.row_groups[:, 0], indices, side="right") - 1
         for group in np.unique(groups):
             start, files = self.row_groups[group, 0], self._encoded(group, camera)
@@ -192,114 +216,42 @@ class Dataset:
         return pictures
 
     def batches(self, camera: str = "main") -> Iterator[np.ndarray]:
-        """All pictures in order, a row group at a time: uint8 (n, height, width, 3)."""
+        """All pictures in order, a row group (of films: ``BATCH`` frames) at a time: uint8 (n, height, width, 3)."""
+        self.camera_size(camera)
+        if self.features[camera] in self.clips:
+            for start in range(0, self.num_frames, BATCH):
+                yield self.images(np.arange(start, min(start + BATCH, self.num_frames)), camera)
+            return
         for group, (start, _, _) in enumerate(self.row_groups):
             files = self._encoded(group, camera).to_pylist()
             yield np.stack([self._decode(file, camera, start + i) for i, file in enumerate(files)])
 
+    def _films(self, indices: np.ndarray, clips: Clips, size: tuple[int, int]) -> np.ndarray:
+        from vlm4vla.data.video import decode  # PyAV, which folders of PNG pictures do not need
+
+        pictures = np.empty((len(indices), *size, 3), np.uint8)
+        episodes = np.searchsorted(self.episode_to, indices, side="right")
+        times = clips.start[episodes] + (indices - self.episode_from[episodes]) / self.fps
+        for number in np.unique(clips.number[episodes]):
+            here = clips.number[episodes] == number
+            pictures[here] = decode(clips.files[number], times[here], self.fps, size)
+        return pictures
+
     def _encoded(self, group: int, camera: str) -> pa.ChunkedArray | pa.Array:
         """The picture files of one row group."""
         _, number, within = self.row_groups[group].tolist()
-        column = _read(self.files[number], [IMAGE + camera], within)[IMAGE + camera]
+        feature = self.features[camera]
+        column = read(self.files[number], [feature], within)[feature]
         return column.combine_chunks().field("bytes")
 
     def _decode(self, file: bytes | None, camera: str, index: int) -> np.ndarray:
         try:
             picture = np.asarray(Image.open(io.BytesIO(file or b"")).convert("RGB"))
         except OSError as error:
-            raise _damaged(self.folder / "data", f"frame {index}: {error}", "a PNG picture") from error
+            raise damaged(self.folder / "data", f"frame {index}: {error}", "a PNG picture") from error
         shape = (*self.cameras[camera], 3)
-        _require(self.folder / "data", picture.shape == shape, f"frame {index} of {picture.shape}", f"{shape}")
+        require(self.folder / "data", picture.shape == shape, f"frame {index} of {picture.shape}", f"{shape}")
         return picture
-
-
-def _damaged(path: Path, found: str, expected: str) -> UserError:
-    return UserError(
-        f"{path}: {found}", expected, "delete the data set's folder, then record, convert or copy it again"
-    )
-
-
-def _require(path: Path, true: bool, found: str, expected: str) -> None:
-    if not true:
-        raise _damaged(path, found, expected)
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError as error:
-        raise _damaged(path, "no such file", "a Parquet file") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(path, f"damaged ({error})", "a whole Parquet file") from error
-
-
-def _read(path: Path, columns: list[str], group: int | None = None) -> pa.Table:
-    """Columns of one row group, or of the whole file."""
-    file = _parquet(path)
-    try:
-        return file.read(columns) if group is None else file.read_row_group(group, columns)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, f"damaged ({error})", "a whole Parquet file") from error
-
-
-def _read_info(folder: Path) -> dict:
-    path = folder / "meta" / "info.json"
-    partial = folder.with_name(folder.name + ".partial")
-    if not folder.exists() and partial.exists():
-        raise UserError(f"{partial}, unfinished", f"the data set {folder}", "run the command that records it again")
-    if not path.is_file():
-        raise UserError(f"no {path}", "a LeRobotDataset v3.0 folder", "check the path, or: vlm4vla data record --help")
-    try:
-        info = json.loads(path.read_text())
-    except ValueError as error:
-        raise _damaged(path, f"no JSON ({error})", "lerobot's info.json") from error
-    version = info.get("codebase_version") if isinstance(info, dict) else None
-    if version != VERSION:
-        raise UserError(
-            f"{path} with codebase_version {version!r}",
-            VERSION,
-            "convert v2.1 folders with lerobot: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30",
-        )
-    features = info.get("features", {})
-    missing = [key for key in ("fps", "total_frames", "total_episodes") if key not in info]
-    missing += ["features.action"] * ("action" not in features)
-    _require(path, not missing, f"no {', '.join(missing)}", "all of lerobot's keys")
-    if videos := [name for name, feature in features.items() if feature.get("dtype") == "video"]:
-        raise UserError(f"{path} with the videos {videos}", "pictures (dtype image)", "convert it with dtype image")
-    return info
-
-
-def _read_tasks(path: Path) -> tuple[str, ...]:
-    table = _read(path, _parquet(path).schema_arrow.names)
-    names = [name for name in table.column_names if name != "task_index"]
-    # The task is pandas' index: ``task`` in newer folders, without a name in older ones.
-    _require(path, "task_index" in table.column_names and len(names) == 1, f"{names}", "task_index by task")
-    order = np.argsort(table["task_index"].to_numpy())
-    tasks = table[names[0]].to_pylist()
-    return tuple(tasks[i] for i in order)
-
-
-def _read_episodes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Boundaries of all episodes."""
-    where = folder / "meta" / "episodes"
-    columns = ["episode_index", "dataset_from_index", "dataset_to_index"]
-    files = sorted(where.glob("*/*.parquet"))
-    _require(where, bool(files), "no Parquet file", "chunk-000/file-000.parquet")
-    for path in files:
-        names = _parquet(path).schema_arrow.names
-        _require(path, set(columns) <= set(names), f"columns {names}", f"{columns} among them")
-    table = pa.concat_tables([_read(path, columns) for path in files])
-    index, start, end = (table[name].to_numpy() for name in columns)
-    whole = np.array_equal(index, np.arange(len(index))) and np.array_equal(start, np.r_[0, end[:-1]])
-    _require(where, whole and bool((end > start).all()), "gaps, overlaps or empty episodes", "episodes back to back")
-    return start, end
-
-
-def vectors(table: pa.Table, name: str) -> np.ndarray:
-    """A column of vectors, or of plain numbers, as float32 (N, D). Raises ``ValueError`` where lengths differ."""
-    column = table[name].combine_chunks()
-    flat = column.flatten() if isinstance(column, pa.ListArray | pa.FixedSizeListArray) else column
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(table), -1)
 
 
 def _vectors(path: Path, table: pa.Table, name: str, info: dict) -> np.ndarray:
@@ -308,56 +260,6 @@ def _vectors(path: Path, table: pa.Table, name: str, info: dict) -> np.ndarray:
     try:
         values = vectors(table, name)
     except ValueError as error:
-        raise _damaged(path, f"{name} with a varying number of numbers", f"{dims} a row") from error
-    _require(path, values.shape[1] == dims, f"{name} with {values.shape[1]} numbers a row", f"{dims}")
+        raise damaged(path, f"{name} with a varying number of numbers", f"{dims} a row") from error
+    require(path, values.shape[1] == dims, f"{name} with {values.shape[1]} numbers a row", f"{dims}")
     return values
-
-
-def inspect(folder: Path | str) -> str:
-    """What ``vlm4vla data inspect`` prints: contents, statistics and what looks suspicious.
-
-    Raises:
-        UserError: as ``Dataset.open``.
-    """
-    dataset = Dataset.open(folder)
-    lengths = dataset.episode_to - dataset.episode_from
-    own = dataset.info.get(OWN_KEY, {})
-    names = dataset.info["features"]["action"].get("names")
-    if not isinstance(names, list) or len(names) != dataset.actions.shape[1]:
-        names = [f"action_{d}" for d in range(dataset.actions.shape[1])]
-    convention = own.get("convention", {"none": "training will refuse this folder"})
-    state = "none" if dataset.recorded_states is None else f"{dataset.states.shape[1]} numbers"
-    lines = [
-        f"{dataset.folder}: LeRobotDataset {VERSION}, {sum(f.stat().st_size for f in dataset.files) / 1e6:.1f} MB",
-        f"episodes    {dataset.num_episodes}",
-        f"frames      {dataset.num_frames} ({lengths.min()} to {lengths.max()} an episode, mean {lengths.mean():.1f})",
-        f"fps         {dataset.fps:g}",
-        "cameras     " + ", ".join(f"{name} {h}x{w}" for name, (h, w) in dataset.cameras.items()),
-        f"action      {len(names)} numbers; state: {state}",
-        f"tasks       {len(dataset.tasks)}, e.g. {dataset.tasks[0]!r}",
-        f"content     sha256 {dataset.content_hash}",
-        *(f"convention  {key}: {value}" for key, value in convention.items()),
-        *(f"provenance  {key}: {json.dumps(value)}" for key, value in own.get("provenance", {}).items()),
-        "",
-    ]
-    return "\n".join([*lines, *_statistics_lines(dataset.actions, names)])
-
-
-def _statistics_lines(actions: np.ndarray, names: list[str]) -> list[str]:
-    """A table of statistics over the finite actions, then warnings."""
-    finite = np.isfinite(actions).all(1)
-    lines = [f"{'dimension':12}{'mean':>10}{'std':>10}{'min':>10}{'q01':>10}{'q99':>10}{'max':>10}  at min / max"]
-    warnings = []
-    if not finite.all():
-        warnings.append(f"warning: {int((~finite).sum())} frames have NaN or infinite actions (left out above)")
-    for name, column in zip(names, actions[finite].T, strict=True):
-        if not len(column):
-            break
-        low, high = column.min(), column.max()
-        q01, q99 = np.quantile(column.astype(np.float64), [0.01, 0.99])
-        numbers = (column.mean(dtype=np.float64), column.std(dtype=np.float64), low, q01, q99, high)
-        at = f"{(column == low).mean():6.1%} /{(column == high).mean():6.1%}"
-        lines.append(f"{name:12}" + "".join(f"{number:10.4f}" for number in numbers) + "  " + at)
-        if low == high:
-            warnings.append(f"note: {name} is constant ({low:g}); training predicts that constant")
-    return lines + warnings

@@ -16,6 +16,8 @@ import numpy as np
 from vlm4vla.errors import UserError
 from vlm4vla.spec import Mode
 
+DEFAULT: tuple[Mode, ...] = ("quantile",)
+UNTOUCHED: tuple[Mode, ...] = ("none",)
 CLIPPED: tuple[Mode, ...] = ("quantile", "min_max", "fixed")
 """Modes that clip to [-1, 1]. ``mean_std`` and ``none`` let numbers pass that a head ending in tanh cannot reach."""
 
@@ -170,8 +172,7 @@ class Normalizer:
         dims = len(self.statistics.mean)
         return np.arange(dims) < dims - self.gripper
 
-    def _modes(self) -> list[Mode]:
+    def _modes(self) -> tuple[Mode, ...]:
         """One for each dimension, the gripper's included."""
         pose, dims = int(self._is_pose().sum()), len(self.statistics.mean)
-        modes: list[Mode] = [*(self.modes or ("quantile",) * pose)]
-        return modes + ["none"] * (dims - pose)
+        return (self.modes or DEFAULT * pose) + UNTOUCHED * (dims - pose)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from vlm4vla import __version__, sims
 from vlm4vla.convention import Convention
-from vlm4vla.data.lerobot import IMAGE, OWN_KEY, STATE, Dataset, vectors
+from vlm4vla.data.layout import IMAGE, OWN_KEY, STATE, vectors
+from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.files import replacing, write_text
@@ -207,7 +208,7 @@ def _shard(shards: Path, attempt: int, success: bool) -> Path:
 def _save(path: Path, episode: Episode, convention: Convention, versions: dict[str, str]) -> None:
     rest = {
         "pixels": {camera: counts.tolist() for camera, counts in episode.pixels.items()},
-        "size": episode.size,
+        "sizes": episode.sizes,
         "task": episode.task,
         "convention": convention.to_dict(),
         "versions": versions,
@@ -223,7 +224,9 @@ def _load(path: Path) -> tuple[Episode, Convention]:
     images = {camera: table[IMAGE + camera].combine_chunks().field("bytes").to_pylist() for camera in rest["pixels"]}
     pixels = {camera: np.array(counts) for camera, counts in rest["pixels"].items()}
     states = vectors(table, STATE) if STATE in table.column_names else None
-    episode = Episode(images, pixels, tuple(rest["size"]), vectors(table, "action"), states, rest["task"])
+    # Attempts of an earlier version name one size for all cameras.
+    sizes = {camera: tuple(rest["sizes"][camera] if "sizes" in rest else rest["size"]) for camera in images}
+    episode = Episode(images, {}, pixels, sizes, vectors(table, "action"), states, rest["task"])
     return episode, Convention.from_dict(rest["convention"])
 
 

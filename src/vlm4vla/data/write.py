@@ -1,4 +1,4 @@
-"""Writes LeRobotDataset v3.0 folders (layout: ``lerobot.py``). T frames of an episode, A action, S state, D numbers."""
+"""Writes LeRobotDataset v3.0 folders (files: ``layout.py``). T frames of an episode, A action, S state, D numbers."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +15,28 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlm4vla.convention import Convention
-from vlm4vla.data.lerobot import FILE, IMAGE, OWN_KEY, STATE, VERSION
+from vlm4vla.data.layout import DATA_PATH, FILE, IMAGE, OWN_KEY, STATE, VERSION, VIDEO_PATH
 from vlm4vla.errors import UserError
 
-DATA_FILE_MB, CHUNK_FILES = 100, 1000
-"""lerobot's defaults: data files of about 100 MB, at most 1000 files in a chunk folder."""
+if TYPE_CHECKING:
+    from vlm4vla.data.video import Film
+
+DATA_FILE_MB, VIDEO_FILE_MB, CHUNK_FILES = 100, 200, 1000
+"""lerobot's defaults: data files of about 100 MB, films of about 200, at most 1000 files in a chunk folder."""
+ROWS = 65_536
+"""Rows of a row group where pictures are in films: many episodes in one, so that millions of frames open quickly."""
 PNG_LEVEL = 1
 """zlib level. Level 6 takes 2.5 times as long and saves a fifth of the bytes (renders of 96 and 224 px)."""
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An episode's pictures in a finished MP4."""
+
+    file: Path
+    start: float
+    """Seconds of its first frame within the file."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +44,13 @@ class Episode:
     """One demonstration of T frames, ready to be stored."""
 
     images: dict[str, list[bytes]]
-    """T PNG files by camera name."""
+    """T PNG files by camera; empty where the pictures are in films."""
+    clips: dict[str, Clip]
+    """Where the pictures lie in films, by camera; empty where they are PNG files."""
     pixels: dict[str, np.ndarray]
     """int64 (3, 256) by camera: how often each channel has each value. Exact statistics without decoding again."""
-    size: tuple[int, int]
-    """Height and width of the pictures."""
+    sizes: dict[str, tuple[int, int]]
+    """Height and width by camera."""
     actions: np.ndarray
     """float32 (T, A): what was demonstrated at each frame, in native units."""
     states: np.ndarray | None
@@ -43,16 +60,22 @@ class Episode:
 
     @classmethod
     def encode(
-        cls, images: dict[str, np.ndarray], actions: np.ndarray, states: np.ndarray | None, task: str
+        cls,
+        images: dict[str, np.ndarray],
+        actions: np.ndarray,
+        states: np.ndarray | None,
+        task: str,
+        films: "dict[str, Film] | None" = None,
     ) -> "Episode":
-        """From uint8 (T, height, width, 3) pictures by camera."""
-        pixels = {
-            camera: np.stack([np.bincount(frames[..., c].ravel(), minlength=256) for c in range(3)])
-            for camera, frames in images.items()
-        }
-        files = {camera: [encode_png(frame) for frame in frames] for camera, frames in images.items()}
-        height, width = next(iter(images.values())).shape[1:3]
-        return cls(files, pixels, (height, width), actions, states, task)
+        """From uint8 (T, height, width, 3) pictures by camera: as PNG files, or appended to ``films``."""
+        pixels = {camera: pixel_counts(frames) for camera, frames in images.items()}
+        sizes = {camera: (frames.shape[1], frames.shape[2]) for camera, frames in images.items()}
+        files, clips = {}, {}
+        if films is None:
+            files = {camera: [encode_png(frame) for frame in frames] for camera, frames in images.items()}
+        else:
+            clips = {camera: Clip(films[camera].path, films[camera].add(frames)) for camera, frames in images.items()}
+        return cls(files, clips, pixels, sizes, actions, states, task)
 
     def numbers(self) -> dict[str, np.ndarray]:
         """(T, D) by feature name."""
@@ -71,6 +94,11 @@ class Episode:
             dims = values.shape[1]
             columns[name] = flat if dims == 1 else pa.FixedSizeListArray.from_arrays(flat, dims)
         return pa.table(columns)
+
+
+def pixel_counts(frames: np.ndarray) -> np.ndarray:
+    """uint8 (T, height, width, 3) -> int64 (3, 256): how often each channel has each value."""
+    return np.stack([np.bincount(frames[..., c].ravel(), minlength=256) for c in range(3)])
 
 
 def encode_png(frame: np.ndarray) -> bytes:
@@ -109,7 +137,7 @@ def write(
     finally:
         writer.close()
     writer.write_meta(provenance)
-    for path in staging.rglob("*.*"):
+    for path in filter(Path.is_file, staging.rglob("*.*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     staging.rename(folder)
@@ -125,9 +153,11 @@ class _Writer:
         self.tasks: dict[str, int] = {}
         self.rows: list[dict] = []
         self.num_frames = self.num_files = 0
+        self.films: dict[str, tuple[Path, int]] = {}
         self.numbers: dict[str, list[np.ndarray]] = {}
         self.pixels: dict[str, np.ndarray] = {}
         self.parquet: pq.ParquetWriter | None = None
+        self.waiting: list[pa.Table] = []
 
     def add(self, episode: Episode) -> None:
         length, index = len(episode.actions), len(self.rows)
@@ -161,6 +191,11 @@ class _Writer:
             "meta/episodes/chunk_index": 0,
             "meta/episodes/file_index": 0,
         }
+        for camera, clip in episode.clips.items():
+            place = self.place(camera, clip.file)
+            values = (*place, clip.start, clip.start + length / self.fps)
+            names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+            row |= {f"videos/{IMAGE + camera}/{name}": value for name, value in zip(names, values, strict=True)}
         row |= {f"stats/{feature}/{key}": value for feature, s in statistics.items() for key, value in s.items()}
         self.rows.append(row)
         self.num_frames += length
@@ -171,8 +206,15 @@ class _Writer:
 
     def describe(self, episode: Episode) -> dict[str, dict]:
         """lerobot's description of each column."""
-        picture = {"dtype": "image", "shape": [*episode.size, 3], "names": ["height", "width", "channels"]}
-        features: dict[str, dict] = {IMAGE + camera: picture for camera in episode.images}
+        features: dict[str, dict] = {}
+        for camera, size in episode.sizes.items():
+            picture = {"dtype": "image", "shape": [*size, 3], "names": ["height", "width", "channels"]}
+            if camera in episode.clips:
+                about = {"height": size[0], "width": size[1], "channels": 3, "fps": self.fps, "is_depth_map": False}
+                about |= {"codec": "h264", "pix_fmt": "yuv420p"}
+                info = {f"video.{key}": value for key, value in about.items()} | {"has_audio": False}
+                picture |= {"dtype": "video", "info": info}
+            features[IMAGE + camera] = picture
         for name, values in episode.numbers().items():
             dims = values.shape[1]
             names = list(self.convention.names) if name == "action" else [f"state_{d}" for d in range(dims)]
@@ -182,32 +224,64 @@ class _Writer:
         return features
 
     def append(self, table: pa.Table) -> tuple[int, int]:
-        """One row group; returns chunk and file number. One row group per episode, so that one can be read alone."""
+        """Write or keep back the rows of an episode; returns chunk and file number.
+
+        With PNG pictures a row group is an episode, so that one can be read alone; without, it holds ``ROWS`` rows.
+        """
         if self.parquet and self.sink.tell() > DATA_FILE_MB * 2**20:
             self.close()
         if not self.parquet:
-            where = dict(zip(("chunk_index", "file_index"), divmod(self.num_files, CHUNK_FILES), strict=True))
-            path = self.root / "data" / FILE.format(**where)
+            chunk_index, file_index = divmod(self.num_files, CHUNK_FILES)
+            path = self.root / DATA_PATH.format(chunk_index=chunk_index, file_index=file_index)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.sink = path.open("wb")
             self.schema = table.schema.with_metadata({"huggingface": json.dumps({"info": {"features": self.hints()}})})
             # PNG neither compresses nor repeats: no dictionary.
             self.parquet = pq.ParquetWriter(self.sink, self.schema, compression="snappy", use_dictionary=False)
             self.num_files += 1
-        self.parquet.write_table(table.cast(self.schema), row_group_size=len(table))
+        self.waiting.append(table.cast(self.schema))
+        pictures = any(feature["dtype"] == "image" for feature in self.features.values())
+        if pictures or sum(map(len, self.waiting)) >= ROWS:
+            self.flush()
         return divmod(self.num_files - 1, CHUNK_FILES)
+
+    def flush(self) -> None:
+        """What is kept back becomes a row group."""
+        if self.parquet and self.waiting:
+            table = pa.concat_tables(self.waiting)
+            self.parquet.write_table(table, row_group_size=len(table))
+        self.waiting = []
 
     def close(self) -> None:
         if self.parquet:
+            self.flush()
             self.parquet.close()
             self.sink.close()
             self.parquet = None
+
+    def place(self, camera: str, film: Path) -> tuple[int, int]:
+        """Chunk and file number of ``film`` among those of its camera; a new one is linked into the data set."""
+        last, number = self.films.get(camera, (None, -1))
+        number += last != film
+        chunk_index, file_index = divmod(number, CHUNK_FILES)
+        if last != film:
+            self.films[camera] = film, number
+            names = {"video_key": IMAGE + camera, "chunk_index": chunk_index, "file_index": file_index}
+            path = self.root / VIDEO_PATH.format(**names)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.hardlink_to(film)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(film, path)
+        return chunk_index, file_index
 
     def hints(self) -> dict[str, dict]:
         """Column types as the ``datasets`` library notes them in a schema: by them the Hub's viewer shows pictures."""
         hints: dict[str, dict] = {}
         for name, feature in self.features.items():
             number = {"dtype": feature["dtype"], "_type": "Value"}
+            if feature["dtype"] == "video":
+                continue
             if feature["dtype"] == "image":
                 hints[name] = {"_type": "Image"}
             elif feature["shape"] == [1]:
@@ -231,17 +305,17 @@ class _Writer:
             "total_tasks": len(self.tasks),
             "chunks_size": CHUNK_FILES,
             "data_files_size_in_mb": DATA_FILE_MB,
-            "video_files_size_in_mb": 200,
+            "video_files_size_in_mb": VIDEO_FILE_MB,
             "fps": self.fps,
             "splits": {"train": f"0:{len(self.rows)}"},
-            "data_path": f"data/{FILE}",
-            "video_path": None,
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.films else None,
             "features": self.features,
             OWN_KEY: {"convention": self.convention.to_dict(), "provenance": provenance},
         }
         (meta / "info.json").write_text(json.dumps(info, indent=4))
         (meta / "stats.json").write_text(json.dumps(statistics, indent=4))
-        episodes = meta / "episodes" / FILE.format(chunk_index=0, file_index=0)
+        episodes = meta / "episodes" / f"{FILE.format(chunk_index=0, file_index=0)}.parquet"
         episodes.parent.mkdir()
         pq.write_table(pa.Table.from_pylist(self.rows), episodes)
         pq.write_table(tasks_table(list(self.tasks)), meta / "tasks.parquet")
