@@ -72,5 +72,5 @@ torch=$(grep -E '^torch==' constraints.txt)
 say "$torch"
 "${pip[@]}" install -q "$torch"
 say "vlm4vla and the rest, pinned by constraints.txt"
-"${pip[@]}" install -q -c constraints.txt -e ".[train,grinningface,data,dev]"
+"${pip[@]}" install -q -c constraints.txt -e ".[train,grinningface,data,serve,dev]"
 say "set up; what this machine can do: $venv/bin/vlm4vla doctor"

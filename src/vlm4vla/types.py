@@ -1,7 +1,7 @@
 """The few things that flow between the parts. Shapes: H horizon, A action dimensions."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,3 +45,13 @@ class EpisodeResult:
     versions: dict[str, str] = field(default_factory=dict)
     fault: str | None = None
     """What went wrong with the infrastructure, where ``success is None``."""
+
+
+class BatchPolicy(Protocol):
+    """What is evaluated and served. Deterministic; the others in its batch change an observation's chunk by rounding
+    only."""
+
+    @property
+    def convention(self) -> Convention: ...
+
+    def predict(self, observations: list[Observation]) -> list[ActionChunk]: ...

@@ -27,19 +27,10 @@ from vlm4vla.evaluation.interval import wilson
 from vlm4vla.sims.base import StepOutcome
 from vlm4vla.sims.protocols import Protocol
 from vlm4vla.sims.worker import Reply, Worker, WorkerFault, wait
-from vlm4vla.types import ActionChunk, EpisodeResult, Observation
+from vlm4vla.types import ActionChunk, BatchPolicy, EpisodeResult, Observation
 
 TRIES = 3
 """Starts of an episode whose worker fails before it becomes a fault."""
-
-
-class BatchPolicy(Interface):
-    """What is evaluated: deterministic; an observation's chunk depends on the others in its batch by rounding only."""
-
-    @property
-    def convention(self) -> Convention: ...
-
-    def predict(self, observations: list[Observation]) -> list[ActionChunk]: ...
 
 
 class ResultStore(Interface):
