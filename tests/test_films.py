@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_sim import CONVENTION
+from test_lerobot import run_lerobot
 from vlm4vla.data import video
 from vlm4vla.data import write as writing
 from vlm4vla.data.cache import frames
@@ -248,3 +249,40 @@ def test_an_empty_episode_is_named(tmp_path):
     pq.write_table(table.set_column(at, "dataset_to_index", [[3, 3]]), path)
     with pytest.raises(UserError, match=r"empty episode \[1\]"):
         Dataset.open(folder)
+
+
+@pytest.mark.parametrize("version", ["v3", "v21"])
+def test_folders_that_lerobot_itself_wrote(version, monkeypatch):
+    """lerobot 0.4.4 and 0.3.3, AV1 films; frame i shows ``picture(i)`` and its numbers are i."""
+    monkeypatch.setattr("test_films.SIZES", {"main": (64, 96), "wrist": (64, 64)})
+    dataset = Dataset.open(Path(__file__).parent / f"lerobot_{version}")
+    assert (dataset.num_frames, dataset.episode_to.tolist(), dataset.fps) == (17, [5, 8, 17], 10)
+    assert dataset.actions[:, 3].tolist() == dataset.states[:, 0].tolist() == list(range(17))
+    assert dataset.instructions(np.array([0, 4, 5, 8])) == ["task 0", "task 0", "task 1", "task 0"]
+    order = np.random.default_rng(0).permutation(17)
+    for camera in dataset.cameras:
+        assert shown(dataset, order, camera) == order.tolist()
+    with pytest.raises(UserError, match=r"data describe .* --convention"):
+        _ = dataset.convention
+
+
+READ_WITH_LEROBOT = """
+import json, sys
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+d = LeRobotDataset("local/demos", root=sys.argv[1], video_backend="pyav")
+items = [d[i] for i in range(len(d))]
+pictures = {c: [(i[c] * 255).round().int().permute(1, 2, 0).tolist() for i in items] for c in d.meta.camera_keys}
+print(json.dumps({"action": [i["action"].tolist() for i in items], "task": [i["task"] for i in items], **pictures}))
+"""
+
+
+@pytest.mark.compat
+def test_lerobot_reads_our_films(tmp_path):
+    folder = film(tmp_path / "demos", raw((5, 1, 7), ("main", "wrist")), per_file=2)
+    read = json.loads(run_lerobot(tmp_path, READ_WITH_LEROBOT, folder)[0])
+    ours = Dataset.open(folder)
+    assert (np.float32(read["action"]) == ours.actions).all()
+    assert read["task"] == ours.instructions(np.arange(13))
+    for camera in SIZES:
+        theirs = np.array(read[f"observation.images.{camera}"])
+        assert np.abs(theirs - ours.images(np.arange(13), camera).astype(int)).max() <= 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from vlm4vla.convention import NAMED, Convention
 from vlm4vla.errors import UserError
 from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse
 
@@ -34,6 +35,22 @@ def put(values: dict[str, Any], override: str) -> None:
         raise UserError(
             f"--set {override}, whose value is not YAML: {error}", "KEY=VALUE", "quote the value"
         ) from error
+
+
+def named_convention(name: str) -> Convention:
+    """A convention of a public benchmark by name, or the one in a YAML file."""
+    if name in NAMED:
+        return NAMED[name]
+    if not Path(name).suffix:
+        raise UserError(f"the convention {name!r}", f"one of {', '.join(NAMED)}, or a YAML file", "name one of them")
+    return Convention.from_dict(load_yaml(name))
+
+
+def pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
+    """``("a=b", ...)`` -> ``{"a": "b"}``."""
+    if wrong := [value for value in values if not all(value.partition("="))]:
+        raise UserError(f"{option} {wrong[0]}", "NAME=VALUE", f"e.g. {option} main=observation.images.image")
+    return dict(value.split("=", 1) for value in values)
 
 
 def trained_on(spec: RunSpec, folder: Path) -> tuple[RunSpec, str | None]:

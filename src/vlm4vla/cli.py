@@ -13,6 +13,7 @@ import click
 
 from vlm4vla import __version__
 from vlm4vla.errors import UserError, mendable
+from vlm4vla.verbs.data import data
 from vlm4vla.verbs.serve import serve
 from vlm4vla.verbs.shared import (
     FILE,
@@ -30,7 +31,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors"), "train"),
     **dict.fromkeys(("mujoco", "gymnasium"), "grinningface"),
     **dict.fromkeys(("msgpack", "websockets"), "serve"),
-    "av": "data",
+    **dict.fromkeys(("av", "huggingface_hub"), "data"),
 }
 """What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -95,41 +96,7 @@ def vlm_score(folder: Path | None, work: Path, workers: int) -> None:
     next_step("vlm4vla demo")
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-@cli.group(cls=Verbs)
-def data() -> None:
-    """Record demonstrations, look into a data set."""
-
-
-@data.command("record")
-@click.argument("run", type=FILE, required=False)
-@out_option
-@set_option
-@workers_option
-def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers: int) -> None:
-    """Record the scripted expert as the `data` section of RUN (a YAML file of run keys) says; resumes."""
-    from vlm4vla.arguments import run_spec, with_set
-
-    spec = run_spec(run, overrides)
-    if spec.data.protocol is None:
-        raise UserError("data.folder, an existing data set", "data.protocol to record", "add --set data.protocol=NAME")
-    from vlm4vla.data.record import record
-
-    click.echo(record(spec.data, out, workers, progress=sys.stderr.isatty()))
-    arguments = [*([str(run)] if run else []), "--data", str(out), *with_set(overrides), "--out", "runs/mine"]
-    next_step("vlm4vla data inspect {}; vlm4vla train " + " ".join(["{}"] * len(arguments)), out, *arguments)
-
-
-@data.command("inspect")
-@click.argument("folder", type=FOLDER)
-def data_inspect(folder: Path) -> None:
-    """Say what a LeRobotDataset v3 folder holds."""
-    from vlm4vla.data.inspect import inspect
-
-    click.echo(inspect(folder))
-    next_step("vlm4vla train --data {} --out runs/mine", folder)
+cli.add_command(data)
 
 
 # ------------------------------------------------------------------------------------------------------- train and eval

@@ -29,7 +29,8 @@ from vlm4vla.errors import UserError
 VERSION = "v3.0"
 OLD_VERSIONS = ("v2.0", "v2.1")
 OWN_KEY = "vlm4vla"
-"""Our entry in ``meta/info.json``; lerobot passes over keys that it does not know."""
+"""Our entry in ``meta/info.json`` (lerobot passes over keys that it does not know); what ``data describe`` says of a
+foreign folder is in ``meta/vlm4vla.json`` and overrules it."""
 IMAGE = "observation.images."
 STATE = "observation.state"
 FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
@@ -123,7 +124,22 @@ def read_info(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("fps", "total_frames", "total_episodes") if key not in info]
     missing += ["features.action"] * ("action" not in features)
     require(path, not missing, f"no {', '.join(missing)}", "all of lerobot's keys")
+    if described := description(folder):
+        info[OWN_KEY] = info.get(OWN_KEY, {}) | described
     return info
+
+
+def description(folder: Path) -> dict[str, Any]:
+    """What ``data describe`` has said of the folder."""
+    path = folder / "meta" / f"{OWN_KEY}.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}: no JSON ({error})", "what data describe wrote", f"rm {path}; describe it again"
+        ) from error
 
 
 def read_tasks(folder: Path, info: dict) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from vlm4vla.convention import Convention
+from vlm4vla.data.hub import local
 from vlm4vla.data.layout import (
     IMAGE,
     OWN_KEY,
@@ -65,12 +66,12 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Dataset":
-        """Open a LeRobotDataset folder.
+        """Open a LeRobotDataset folder, or ``hub:owner/name`` (downloaded on first use; ``hub.py``).
 
         Raises:
             UserError: nothing there, another format, or a file that is missing, damaged or at odds with the others.
         """
-        folder = Path(folder)
+        folder = local(folder)
         info = read_info(folder)
         tasks = read_tasks(folder, info)
         episodes = read_episodes(folder, info)
@@ -122,12 +123,12 @@ class Dataset:
 
     @cached_property
     def features(self) -> dict[str, str]:
-        """Feature by camera name: ``main`` for ``observation.images.main``, or as ``vlm4vla.cameras`` in
-        ``meta/info.json`` renames them."""
+        """Feature by camera name: the cameras that the folder's description names (``hub.describe``), else all, as
+        ``main`` for ``observation.images.main``."""
+        if given := self.info.get(OWN_KEY, {}).get("cameras"):
+            return given
         pictures = [name for name, each in self.info["features"].items() if each.get("dtype") in ("image", "video")]
-        given = self.info.get(OWN_KEY, {}).get("cameras", {})
-        unnamed = {name.removeprefix(IMAGE).removeprefix("observation."): name for name in pictures}
-        return {**{name: feature for name, feature in unnamed.items() if feature not in given.values()}, **given}
+        return {name.removeprefix(IMAGE).removeprefix("observation."): name for name in pictures}
 
     @property
     def cameras(self) -> dict[str, tuple[int, int]]:
@@ -182,15 +183,20 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of all that training reads: data files, tasks, features, fps and convention. The same recording
-        has the same hash wherever the folder lies; provenance and statistics do not enter."""
-        meaning = [self.tasks, self.info["features"], self.fps, self.info.get(OWN_KEY, {}).get("convention")]
+        """SHA-256 (hex) of all that training reads: data files, films, tasks, features, fps and convention. The same
+        recording has the same hash wherever the folder lies; provenance and statistics do not enter."""
+        own = self.info.get(OWN_KEY, {})
+        meaning = [self.tasks, self.info["features"], self.fps, own.get("convention")]
+        meaning += [own["cameras"]] if "cameras" in own else []
         digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-        films = [path for clips in self.clips.values() for path in clips.files]
+        films = [path for name, clips in self.clips.items() if name in self.features.values() for path in clips.files]
         for path in (*self.files, *films):
             digest.update(path.relative_to(self.folder).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except FileNotFoundError as error:
+                raise damaged(path, "no such file", "a file of the data set") from error
         return digest.hexdigest()
 
     def images(self, indices: np.ndarray, camera: str = "main") -> np.ndarray:
