@@ -8,7 +8,7 @@ STAMP := .venv/.setup-done
 export OMP_NUM_THREADS ?= 1
 FAST := not slow and not gpu and not compat
 
-.PHONY: help setup demo smoke lint test test-all constraints wheel
+.PHONY: help setup demo smoke lint test test-all compat constraints wheel
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/' | expand -t 18
@@ -36,6 +36,11 @@ test: lint  ## lint and the fast tests
 
 test-all: lint  ## lint and every test that this machine can run
 	$(BIN)/pytest
+
+compat: setup  ## other projects' packages, for the tests marked compat
+	$(BIN)/pip install -q -c constraints.txt -e .[compat]
+	@# openpi-client pins numpy below 2; what is used of it works with 2 as well
+	$(BIN)/pip install -q --no-deps openpi-client==0.1.2
 
 constraints:  ## pin what is installed now
 	@{ echo "# Every version this project was measured with. Regenerate: make constraints"; \

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+from fake_sim import CONVENTION
 from vlm4vla.evaluation.filmstrip import write_strip
 from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies import matrix
@@ -19,6 +20,28 @@ from vlm4vla.types import EpisodeResult
 TRAIN, VAL = "grinningface/place/train/v1", "grinningface/place/val/v1"
 Behaviour = dict[str, dict[str, tuple[float, float]]]
 """Treatment -> protocol -> (probability of placing, of choosing the named card when placing)."""
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> Path:
+    """A whole policy folder with random weights, not to be written to."""
+    import torch
+
+    from vlm4vla.backbones import tiny
+    from vlm4vla.data.normalize import Normalizer
+    from vlm4vla.policy import VLA, Policy
+    from vlm4vla.skills.questions import words
+    from vlm4vla.spec import RunSpec
+
+    spec = RunSpec()
+    torch.manual_seed(0)
+    actions = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    actions[:, -1] = actions[:, -1] > 0
+    vla = VLA(*tiny.build(["cat"], words(), 0), spec, 0)
+    folder = tmp_path_factory.mktemp("original") / "policy"
+    folder.mkdir()
+    Policy(vla, spec, CONVENTION, Normalizer.fit(actions), None, 96, {}).save(folder)
+    return folder
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from vlm4vla.serving.codec import pack, unpack
 from vlm4vla.serving.server import Server, Settings
 from vlm4vla.serving.service import Service
 from vlm4vla.serving.sources import Source
+from vlm4vla.types import Observation
 
 ANYWHERE = (("openpi", 0), ("vla-eval", 0), ("starvla", 0))
 
@@ -23,6 +24,11 @@ def picture(shade: int = 100, size: int = 8) -> np.ndarray:
 
 def service(policy=None, *, chunk=4, image_size=8, state_size=0, **handling) -> Service:
     return Service(Source(policy or FakePolicy(chunk=chunk), "fake", chunk, image_size, state_size), **handling)
+
+
+def expected(shade: int = 100, chunk: int = 4) -> np.ndarray:
+    """What the fake policy does about a picture."""
+    return FakePolicy(chunk=chunk).predict([Observation({"main": picture(shade)}, "go")])[0].actions
 
 
 class Running:

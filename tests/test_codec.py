@@ -15,7 +15,6 @@ from policy_server import running, service
 from vlm4vla.serving.codec import DTYPES, MAX_CONTAINERS, MAX_DEPTH, MAX_ITEMS, MAX_TEXT, MalformedMessage, pack, unpack
 
 DIALECTS = ("openpi", "vla-eval", "starvla")
-BUSY = (ConnectionError, TimeoutError)
 
 
 @given(
@@ -169,6 +168,7 @@ def _silent(data):
     whole = isinstance(value, dict) and value.keys() >= {"type", "payload", "seq", "timestamp"}
     return (
         whole
+        and isinstance(value["type"], str)
         and value["type"] in ("episode_start", "episode_end", "error")
         and isinstance(value["payload"], dict)
         and type(value["seq"]) is int
@@ -181,17 +181,17 @@ def peak_mib():
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_server_lives_through_mutants(dialect):
+def test_a_server_lives_through_mutants(dialect, caplog):
     with running(service(form="native")) as server:
-        slowest, taken = bombard(server, dialect, 150, seed=1)
+        slowest, taken = bombard(server, dialect, 500, seed=1)
         assert taken > 0
         assert slowest < 2
-        assert bombard(server, dialect, 1, seed=2)
+    assert caplog.text == "", "every one of them was refused on purpose"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_server_lives_through_40000_mutants_with_flat_memory(dialect):
+def test_a_server_lives_through_40000_mutants_with_flat_memory(dialect, caplog):
     """120,000 over the three dialects."""
     with running(service()) as server:
         bombard(server, dialect, 4_000, seed=1)
@@ -201,3 +201,4 @@ def test_a_server_lives_through_40000_mutants_with_flat_memory(dialect):
         print(f"\n{dialect}: {taken} of 40,000 mutants got actions, slowest reply {slowest:.3f} s, +{grown:.1f} MiB")
         assert grown < 20
         assert slowest < 5
+    assert caplog.text == ""

@@ -10,34 +10,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fake_sim import CONVENTION
-from vlm4vla.backbones import tiny
 from vlm4vla.cli import cli
-from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
-from vlm4vla.policy import VLA, Policy
+from vlm4vla.policy import Policy
 from vlm4vla.sims import protocols
-from vlm4vla.skills.questions import words
 from vlm4vla.spec import RunSpec
 from vlm4vla.types import Observation
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """A whole policy folder with random weights."""
-    spec = RunSpec()
-    torch.manual_seed(0)
-    actions = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
-    actions[:, -1] = actions[:, -1] > 0
-    vla = VLA(*tiny.build(["cat"], words(), 0), spec, 0)
-    folder = tmp_path_factory.mktemp("original") / "policy"
-    folder.mkdir()
-    Policy(vla, spec, CONVENTION, Normalizer.fit(actions), None, 96, {}).save(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "policy")
+def folder(policy_folder, tmp_path):
+    return shutil.copytree(policy_folder, tmp_path / "policy")
 
 
 def test_two_policies_of_a_run_are_judged_apart(folder, tmp_path, monkeypatch):
@@ -99,8 +82,8 @@ def test_a_damaged_folder_says_so_and_what_to_do(folder, name, how):
     assert "hf download" not in str(caught.value)
 
 
-def test_a_whole_folder_acts_as_what_was_saved(original):
-    a, b = Policy.load(original), Policy.load(original)
+def test_a_whole_folder_acts_as_what_was_saved(policy_folder):
+    a, b = Policy.load(policy_folder), Policy.load(policy_folder)
     look = Observation({"main": np.full((96, 96, 3), 100, np.uint8)}, "place it on cat")
     assert np.array_equal(a.predict([look])[0].actions, b.predict([look])[0].actions)
     assert (a.spec, a.convention, a.image_size) == (RunSpec(), CONVENTION, 96)

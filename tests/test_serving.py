@@ -20,18 +20,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from fake_sim import CONVENTION, FakePolicy
-from policy_server import ask, frame, openpi, picture, running, service
+from policy_server import ask, expected, frame, openpi, picture, running, service
 from vlm4vla.convention import BRIDGE, CALVIN, LIBERO
 from vlm4vla.errors import UserError
 from vlm4vla.serving.codec import pack, unpack
 from vlm4vla.serving.server import listening
 from vlm4vla.serving.wire import FORMS
-from vlm4vla.types import ActionChunk, Observation
-
-
-def expected(shade=100, chunk=4):
-    """What the fake policy does about a picture."""
-    return FakePolicy(chunk=chunk).predict([Observation({"main": picture(shade)}, "go")])[0].actions
+from vlm4vla.types import ActionChunk
 
 
 def get(running, path, **headers):
@@ -330,7 +325,7 @@ def test_one_observation_cannot_spoil_the_batch_of_others(caplog):
 
 
 def test_a_client_that_leaves_in_mid_request_harms_nobody():
-    policy = FakePolicy(delay_s=0.2)
+    policy = FakePolicy(delay_s=0.4)
     with running(service(policy), max_batch=1) as server, server.connect("openpi") as stays, ExitStack() as stack:
         stays.recv()
         for _ in range(10):
@@ -338,13 +333,9 @@ def test_a_client_that_leaves_in_mid_request_harms_nobody():
             client.recv()
             client.send(pack(openpi()))
             client.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake: as a process that was killed
-        time.sleep(0.1)
-        started = time.monotonic()
         np.testing.assert_array_equal(ask(stays, openpi(60))["actions"], expected(60))
-        assert time.monotonic() - started < 1.0, "what the others asked for is not inferred any more"
-        stats = get(server, "/stats")[1]
-        assert stats["connections"] == 1
-        assert stats["abandoned"] >= 7
+        assert get(server, "/stats")[1]["connections"] == 1
+    assert sum(policy.batches) < 8, "what a client that has gone asked for is not inferred any more"
 
 
 # ----------------------------------------------------------------------------------------------------- who may come in

@@ -161,7 +161,7 @@ def _picture(value: dict) -> np.ndarray:
         return _array(dict(zip(("data", "dtype", "shape"), fields, strict=True)))
     form, data, sizes = _fields(value, "format", "data", "shape")
     shape = _shape(sizes)
-    if form not in FORMATS or not isinstance(data, bytes):
+    if not isinstance(form, str) or form not in FORMATS or not isinstance(data, bytes):
         raise MalformedMessage(f"a picture in the format {form!r:.80}; admitted are raw, png, jpeg")
     try:
         picture = Image.open(io.BytesIO(data), formats=[FORMATS[form]])

@@ -134,13 +134,15 @@ class StarVLA:
         self._about = {"type": "unknown", "request_id": "default"}
         values = await asyncio.to_thread(read, message)
         kind, request_id = values.pop("type", "infer"), values.pop("request_id", "default")
-        self._about = {"type": "unknown", "request_id": request_id if isinstance(request_id, str | int) else "default"}
+        if not isinstance(kind, str) or not isinstance(request_id, str | int):
+            raise MalformedMessage("a type that is no text, or a request_id that is neither text nor number")
+        self._about["request_id"] = request_id
         if kind == "ping":
             return pack({"status": "ok", "ok": True, **self._about, "type": "ping"})
         if kind not in ("infer", "predict_action"):
             raise UserError(f"a request of type {kind!r:.80}", "infer or ping", "send one of them")
         self._about["type"] = "inference_result"
-        request = values.pop("payload", None) or values
+        request = values.pop("payload") if "payload" in values else values
         if not isinstance(request, dict):
             raise MalformedMessage("a payload that is not a dict")
         observations = await asyncio.to_thread(self._observations, request)
@@ -153,7 +155,7 @@ class StarVLA:
         unknown = request.keys() - self.SAMPLING - {"examples", "unnorm_key"}
         if unknown:
             raise UserError(f"the options {sorted(map(str, unknown))[:8]}", "examples and unnorm_key", "leave them out")
-        if key not in (None, self._service.source.name):
+        if not (key is None or (isinstance(key, str) and key == self._service.source.name)):
             raise UserError(f"unnorm_key {key!r:.80}", self._service.source.name, "leave it out")
         if not isinstance(examples, list) or not 0 < len(examples) <= self.MAX_EXAMPLES:
             raise UserError("no list of examples", f"1 to {self.MAX_EXAMPLES} examples", "send {examples: [...]}")
@@ -208,6 +210,8 @@ class VlaEval:
         if not isinstance(payload, dict) or type(seq) is not int or not 0 <= seq < 1 << 63:
             raise MalformedMessage("a frame whose payload is no dict or whose seq is no number")
         self._seq = seq
+        if not isinstance(kind, str):
+            raise MalformedMessage("a type that is no text")
         if kind == "hello":
             return self._frame("hello", self._hello(payload.get("benchmark")))
         if kind == "observation":
