@@ -28,7 +28,7 @@ from vlm4vla.verbs.shared import (
 )
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors"), "train"),
+    **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors", "num2words"), "train"),
     **dict.fromkeys(("mujoco", "gymnasium"), "grinningface"),
     **dict.fromkeys(("msgpack", "websockets"), "serve"),
     **dict.fromkeys(("av", "huggingface_hub"), "data"),

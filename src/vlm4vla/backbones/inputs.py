@@ -5,7 +5,8 @@ pictures are resized and normalised in batches by the model's own image processo
 Together they are what the whole processor would have made (``backbones.check`` compares them).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +44,7 @@ class Inputs:
         self.processor, self.family = processor, family
         self.rows = lru_cache(INSTRUCTIONS_KEPT)(self._row)
         self.image_names: frozenset[str] = frozenset()
+        self.image_options: dict[str, Any] = {}
         if family.plain is None:
             _require_image(processor)
 
@@ -53,7 +55,7 @@ class Inputs:
         return prompt(self.processor, QUESTION.format(instruction=instruction), self.family.system)
 
     def native(self, images: Sequence[np.ndarray], text: Sequence[str]) -> dict[str, Tensor]:
-        """What the model's own processor makes of pictures and prompts, right-padded."""
+        """What the model's own processor makes of pictures and prompts, padded on the side it likes."""
         bos = self.processor.tokenizer.bos_token
         # Several templates write the bos token that their tokenizer adds once more.
         written = {"add_special_tokens": False} if bos and self.family.plain is None and text[0].startswith(bos) else {}
@@ -61,7 +63,7 @@ class Inputs:
             text=list(text),
             images=[[image] for image in images],
             return_tensors="pt",
-            text_kwargs={"padding": True, "padding_side": "right", **written},
+            text_kwargs={"padding": True, **written},
             images_kwargs=dict(self.family.images),
         )
         return {name: value for name, value in made.items() if name != "labels"}
@@ -80,14 +82,13 @@ class Inputs:
         """uint8 (B, H, W, 3) on any device -> the model's picture inputs on that device."""
         if self.family.embedded and images.shape[1:3] == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE):
             return {"pixel_values": tiny.pixels(images)}
-        self.rows("", *images.shape[1:3])  # finds out which inputs are the picture's
-        processor = self.processor.image_processor
-        options: dict[str, Any] = {**getattr(self.processor, "images_kwargs", {}), **self.family.images}
+        self.rows("", *images.shape[1:3])  # finds out how the processor prepares pictures
+        options, processor = dict(self.image_options), self.processor.image_processor
         if isinstance(processor, TorchvisionBackend):
             pictures, options["device"] = images.permute(0, 3, 1, 2), images.device
         else:
             pictures = images.cpu().numpy()
-        made = self.processor.image_processor([[picture] for picture in pictures], return_tensors="pt", **options)
+        made = self.processor.image_processor([[picture] for picture in pictures], **options)
         return {name: value.to(images.device) for name, value in made.items() if name in self.image_names}
 
     def _row(self, instruction: str, height: int, width: int) -> dict[str, Tensor]:
@@ -96,7 +97,8 @@ class Inputs:
         A copy of the last token, so that every family sees an ordinary text token there.
         """
         blank = np.zeros((height, width, 3), np.uint8)
-        made = self.native([blank], [self.prompt(instruction)])
+        with overhear(self.processor) as self.image_options:
+            made = self.native([blank], [self.prompt(instruction)])
         shape = made["input_ids"].shape
         self.image_names = frozenset(name for name, value in made.items() if value.shape != shape)
         row = {
@@ -105,6 +107,26 @@ class Inputs:
         if self.family.query_type is not None:
             row["token_type_ids"][-1] = self.family.query_type
         return row
+
+
+@contextmanager
+def overhear(processor: Processor) -> Iterator[dict[str, Any]]:
+    """The arguments that ``processor`` gives its image processor: some add their own, each in its own way."""
+    inner, heard = processor.image_processor, {}
+
+    class Listener:
+        def __call__(self, images: Any, **options: Any) -> Any:
+            heard.update(options)
+            return inner(images, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+    processor.image_processor = Listener()
+    try:
+        yield heard
+    finally:
+        processor.image_processor = inner
 
 
 def _require_image(processor: Processor) -> None:

@@ -1,0 +1,97 @@
+"""Every family through its real transformers classes and processor, with random weights (``tiny_families``)."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[train]'")
+
+import tiny_families
+from vlm4vla.backbones.check import Check
+from vlm4vla.backbones.families import FAMILIES, family
+from vlm4vla.backbones.vlm import Backbone
+
+SIZE = 64
+"""Not the side the families are made for: pictures have to be resized."""
+TWINS = {"idefics3", "glm46v", "llava", "qwen3_vl_untied"}
+"""Nearly another family's code: out of the fast tier."""
+
+
+def each(*, fast: set[str] | None = None) -> list:
+    """All families; outside the fast tier those that are not among ``fast``."""
+    fast = tiny_families.FAMILIES.keys() - TWINS if fast is None else fast
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in tiny_families.FAMILIES]
+
+
+def drawn(name: str) -> Backbone:
+    return Backbone(*tiny_families.draw(name))
+
+
+@pytest.mark.parametrize("name", each())
+def test_a_family_keeps_the_adapters_promises(name):
+    findings = list(Check(drawn(name), SIZE).run(forward_only=True))
+    assert len(findings) == 7
+    assert not [finding for finding in findings if not finding.ok]
+
+
+@pytest.mark.parametrize("name", each(fast={"paligemma1", "qwen3_vl"}))
+def test_a_family_learns_eight_samples_by_heart(name):
+    ok, detail = Check(drawn(name), SIZE).memorises()
+    assert ok, detail
+
+
+def test_every_row_is_tried():
+    types = {build()[1].model_type for build in tiny_families.FAMILIES.values()}
+    # Siblings that share all their code with the one that is tried.
+    assert FAMILIES.keys() - types == {"qwen2_vl", "qwen3_5_moe"}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "llava", "paligemma1"])
+def test_no_prompt_begins_twice(name):
+    """The tokenizers of these families add a bos token, and some of their templates write one as well."""
+    backbone = drawn(name)
+    bos = backbone.processor.tokenizer.bos_token_id
+    inputs = backbone.encode(np.zeros((1, SIZE, SIZE, 3), np.uint8), ["push"])
+    assert (inputs["input_ids"] == bos).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        (
+            "qwen3_vl",
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+            "What action should the robotic arm take to push<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ("paligemma1", "<image>push"),
+        ("kosmos2", "<p>push\n</p>"),
+    ],
+)
+def test_prompts_are_the_papers(name, prompt):
+    assert drawn(name).inputs.prompt("push") == prompt
+
+
+def test_one_tile_a_picture():
+    """InternVL makes up to 12 of a picture by itself, SmolVLM and Idefics3 up to 17."""
+    for name, pictures in {"internvl": 1, "smolvlm": 1, "molmo2": 2}.items():  # Molmo: the picture and its one crop
+        pixels = drawn(name).inputs.pixels(torch.zeros(1, 4 * SIZE, 2 * SIZE, 3, dtype=torch.uint8))["pixel_values"]
+        assert pixels.flatten(0, -4 if name != "molmo2" else -3).shape[0] == pictures, name
+
+
+def test_an_instruction_is_tokenised_once_and_pictures_stay_uint8(monkeypatch):
+    backbone = drawn("qwen2_5_vl")
+    images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    first = backbone.encode(images, ["push", "pull"])
+    assert first["images"].dtype == torch.uint8
+    monkeypatch.setattr(backbone.inputs, "native", lambda *_: pytest.fail("prepared again"))
+    again = backbone.encode(images, ["pull", "push"])
+    assert torch.equal(again["input_ids"], first["input_ids"].flip(0))
+
+
+def test_a_family_without_a_row_goes_the_common_way():
+    class Unknown:
+        model_type = "brand_new"
+
+    row = family(Unknown())
+    assert (row.title, row.system, row.plain, dict(row.images)) == ("brand_new", None, None, {})

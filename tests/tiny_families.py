@@ -1,0 +1,634 @@
+"""Families of VLMs with random weights and real processors, made of plain transformers classes, offline.
+
+``FAMILIES[name]()`` gives a processor and a configuration whose sizes are small and whose structure is the family's
+own. The tokenizer is 256 bytes and the family's special tokens; it adds a bos token where the real one does, and pads
+on the left. The chat template writes the family's wire format.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from vlm4vla.backbones.vlm import auto_class
+
+SIDE = 56
+"""Pixels of a picture's side: 4 x 4 patches of 14."""
+PATCHES = 16
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    **VISION,
+    "patch_size": 14,
+    "image_size": SIDE,
+    "vision_use_head": False,
+}
+SQUARE = {"height": SIDE, "width": SIDE}
+Family = tuple[Any, Any]
+FAMILIES: dict[str, Callable[[], Family]] = {}
+
+
+def family(build: Callable[[], Family]) -> Callable[[], Family]:
+    FAMILIES[build.__name__] = build
+    return build
+
+
+def draw(name: str, seed: int = 0) -> tuple[Any, Any]:
+    """A family's model with random weights, and its processor."""
+    processor, config = FAMILIES[name]()
+    torch.manual_seed(seed)
+    vlm = auto_class(config).from_config(config)
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            if parameter.ndim > 1:  # Gemma's projector is zero at first, and others hardly let a signal through
+                parameter.normal_(0, 0.1) if not parameter.any() else parameter.mul_(3)
+    return vlm.eval(), processor
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def tokenizer(template: str | None, *more: str, add_bos: bool = False, named: dict[str, str], **special: str) -> Any:
+    """256 bytes and special tokens; ``named`` become attributes (``image_token``)."""
+    tokens = list(dict.fromkeys([*special.values(), *named.values(), *more]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    bytes_only.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    if add_bos:
+        bos = special["bos_token"]
+        bytes_only.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bytes_only.token_to_id(bos))]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, extra_special_tokens=named, padding_side="left", **special
+    )
+    made.chat_template = template
+    return made
+
+
+def template(turn: str, image: str, end: str, answer: str, start: str = "") -> str:
+    """A chat template: ``start``, then turns of ``turn`` (which may name ``message.role``), their parts, ``end``."""
+    return (
+        start
+        + "{%- for message in messages %}{{ "
+        + turn
+        + " }}{%- for part in message.content %}{%- if part.type == 'image' %}"
+        + image
+        + "{%- else %}{{ part.text }}{%- endif %}{%- endfor %}{{ '"
+        + end
+        + "' }}{%- endfor %}{%- if add_generation_prompt %}{{ '"
+        + answer
+        + "' }}{%- endif %}"
+    )
+
+
+def chatml(image: str, answer: str = "<|im_start|>assistant\\n") -> str:
+    return template("'<|im_start|>' + message.role + '\\n'", image, "<|im_end|>\\n", answer)
+
+
+# ----------------------------------------------------------------------------------------------------------------- Qwen
+
+
+def qwen_tokenizer(answer: str = "<|im_start|>assistant\\n") -> Any:
+    named = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    }
+    return tokenizer(
+        chatml("<|vision_start|><|image_pad|><|vision_end|>", answer),
+        "<|im_start|>",
+        "<think>",
+        "</think>",
+        named=named,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+def qwen(model_type: str, words: Any, patch: int, text: dict, vision: dict, tie: bool = True) -> Family:
+    number = words.convert_tokens_to_ids
+    pixels = (4 * patch) ** 2
+    images = transformers.Qwen2VLImageProcessor(
+        size={"shortest_edge": pixels, "longest_edge": pixels}, patch_size=patch, merge_size=2
+    )
+    if patch == 14:
+        kind, videos = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor()
+    else:
+        kind, videos = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor()
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={**TEXT, "vocab_size": len(words) + 16, "tie_word_embeddings": tie, **text},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": patch,
+            "out_hidden_size": 64,
+            **vision,
+        },
+        tie_word_embeddings=tie,
+        image_token_id=number("<|image_pad|>"),
+        video_token_id=number("<|video_pad|>"),
+        vision_start_token_id=number("<|vision_start|>"),
+        vision_end_token_id=number("<|vision_end|>"),
+    )
+    return kind(images, words, videos, chat_template=words.chat_template), config
+
+
+def rope(*sections: int, interleaved: bool = True, **more: float) -> dict:
+    values = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
+    return {"rope_parameters": values | ({"mrope_interleaved": True} if interleaved else {})}
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+VISION_3 = {"depth": 3, "num_position_embeddings": 64}
+DEEPSTACK = {**VISION_3, "deepstack_visual_indexes": [0, 1]}
+
+
+@family
+def qwen2_5_vl() -> Family:
+    # Windows of 2 x 2 patches in the first layer, all patches in the second.
+    vision = {"depth": 2, "window_size": 28, "fullatt_block_indexes": [1]}
+    return qwen("qwen2_5_vl", qwen_tokenizer(), 14, rope(2, 3, 3, interleaved=False), vision)
+
+
+@family
+def qwen3_vl() -> Family:
+    return qwen("qwen3_vl", qwen_tokenizer(), 16, rope(4, 2, 2), DEEPSTACK)
+
+
+@family
+def qwen3_vl_untied() -> Family:
+    """The 8B's LM head is not the word embedding."""
+    return qwen("qwen3_vl", qwen_tokenizer(), 16, rope(4, 2, 2), DEEPSTACK, tie=False)
+
+
+@family
+def qwen3_vl_moe() -> Family:
+    return qwen("qwen3_vl_moe", qwen_tokenizer(), 16, EXPERTS | rope(4, 2, 2), DEEPSTACK, tie=False)
+
+
+@family
+def qwen3_5() -> Family:
+    linear = {
+        "num_hidden_layers": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    words = qwen_tokenizer("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
+    return qwen("qwen3_5", words, 16, linear | rope(1, 1, 0, partial_rotary_factor=0.25), VISION_3)
+
+
+# ------------------------------------------------------------------------------------------------- PaliGemma and Gemma
+
+
+def paligemma(**text: Any) -> Family:
+    words = tokenizer(
+        None, named={"image_token": "<image>"}, add_bos=True, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    images = transformers.SiglipImageProcessor(size=SQUARE)
+    images.image_seq_length = PATCHES
+    processor = transformers.PaliGemmaProcessor(images, words)  # adds its location and segment tokens
+    size = len(processor.tokenizer) + 16
+    config = AutoConfig.for_model(
+        "paligemma",
+        text_config={**TEXT, **text, "vocab_size": size},
+        vision_config={**SIGLIP, "projection_dim": 64},
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        projection_dim=64,
+        hidden_size=64,
+        vocab_size=size,
+    )
+    return processor, config
+
+
+@family
+def paligemma1() -> Family:
+    return paligemma(model_type="gemma")
+
+
+@family
+def paligemma2() -> Family:
+    softcap = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    return paligemma(model_type="gemma2", query_pre_attn_scalar=16, sliding_window=4096, **softcap)
+
+
+def gemma_template(opens: str, closes: str, image: str) -> str:
+    turn = f"'{opens}' + message.role + '\\n'"
+    return template(turn, image, f"{closes}\\n", f"{opens}model\\n", start="{{ bos_token }}")
+
+
+@family
+def gemma3() -> Family:
+    form = gemma_template("<start_of_turn>", "<end_of_turn>", "<start_of_image>")
+    words = tokenizer(
+        form,
+        "<start_of_turn>",
+        "<end_of_turn>",
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        add_bos=True,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+    )
+    processor = transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(size=SQUARE), words, chat_template=form, image_seq_length=4
+    )
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={
+            **TEXT,
+            "vocab_size": len(words) + 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        vision_config=SIGLIP,
+        mm_tokens_per_image=4,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+        image_token_index=words.image_token_id,
+    )
+    return processor, config
+
+
+@family
+def gemma4() -> Family:
+    form = gemma_template("<|turn>", "<turn|>", "<|image|>")
+    named = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    named |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    words = tokenizer(form, "<|turn>", "<turn|>", named=named, add_bos=True, **special)
+    processor = transformers.Gemma4Processor(
+        transformers.Gemma4AudioFeatureExtractor(),
+        transformers.Gemma4ImageProcessor(patch_size=16, pooling_kernel_size=2, max_soft_tokens=70),
+        words,
+        transformers.Gemma4VideoProcessor(),
+        chat_template=form,
+        image_seq_length=70,
+    )
+    size = len(words) + 16
+    config = AutoConfig.for_model(
+        "gemma4",
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 4,
+            "vocab_size": size,
+            "vocab_size_per_layer_input": size,
+            "hidden_size_per_layer_input": 8,
+            "sliding_window": 64,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 0,
+        },
+        vision_config={
+            **VISION,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 16,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        audio_config=None,
+        image_token_id=words.image_token_id,
+        boi_token_id=words.boi_token_id,
+        eoi_token_id=words.eoi_token_id,
+        audio_token_id=words.audio_token_id,
+        video_token_id=processor.video_token_id,
+    )
+    return processor, config
+
+
+# ------------------------------------------------------------------------------------------------------------- Kosmos-2
+
+
+@family
+def kosmos2() -> Family:
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    words = tokenizer(None, named={}, add_bos=True, **special)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE)
+    processor = transformers.Kosmos2Processor(images, words, num_patch_index_tokens=4)
+    # The picture's places take the 64 ids after <unk>, whatever they are; 64 is the processor's constant.
+    config = AutoConfig.for_model(
+        "kosmos-2",
+        text_config={
+            "vocab_size": len(processor.tokenizer) + 80,
+            "embed_dim": 64,
+            "layers": 3,
+            "ffn_dim": 96,
+            "attention_heads": 4,
+            "pad_token_id": words.pad_token_id,
+            "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id,
+        },
+        vision_config={**VISION, "patch_size": 14, "image_size": SIDE},
+        latent_query_num=64,
+    )
+    return processor, config
+
+
+# ----------------------------------------------------------------------------------------- InternVL, SmolVLM, Idefics3
+
+
+@family
+def internvl() -> Family:
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    form = chatml("<IMG_CONTEXT>\n")
+    words = tokenizer(form, "<|im_start|>", named=named, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    processor = transformers.InternVLProcessor(
+        transformers.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=12),
+        words,
+        transformers.InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=form,
+    )
+    config = AutoConfig.for_model(
+        "internvl",
+        text_config={"model_type": "qwen3", **TEXT, "vocab_size": len(words) + 16, "tie_word_embeddings": False},
+        vision_config={**VISION, "image_size": [SIDE, SIDE], "patch_size": [14, 14]},
+        image_token_id=words.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return processor, config
+
+
+def idefics(model_type: str, processor: Any, images: Any, **parts: Any) -> Family:
+    form = template(
+        "message.role|capitalize + ':'", "<image>", "<end_of_utterance>\\n", "Assistant:", start="<|im_start|>"
+    )
+    words = tokenizer(
+        form,
+        *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+        named={
+            "image_token": "<image>",
+            "fake_image_token": "<fake_token_around_image>",
+            "end_of_utterance_token": "<end_of_utterance>",
+            "global_image_token": "<global-img>",
+        },
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|endoftext|>",
+    )
+    side = {"longest_edge": SIDE}
+    made = processor(
+        images(size=side, max_image_size=side, do_image_splitting=True),
+        words,
+        image_seq_len=4,
+        chat_template=form,
+        **parts,
+    )
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={
+            "model_type": "llama",
+            **TEXT,
+            "vocab_size": len(words) + 16,
+            "pad_token_id": words.pad_token_id,
+        },
+        vision_config={**VISION, "image_size": SIDE, "patch_size": 14},
+        image_token_id=words.image_token_id,
+        scale_factor=2,
+        pad_token_id=words.pad_token_id,
+    )
+    return made, config
+
+
+@family
+def smolvlm() -> Family:
+    side = {"longest_edge": SIDE}
+    videos = transformers.SmolVLMVideoProcessor(size=side, max_image_size=side)
+    return idefics("smolvlm", transformers.SmolVLMProcessor, transformers.SmolVLMImageProcessor, video_processor=videos)
+
+
+@family
+def idefics3() -> Family:
+    return idefics("idefics3", transformers.Idefics3Processor, transformers.Idefics3ImageProcessor)
+
+
+# ------------------------------------------------------------------------------------------ LLaVA, GLM, Mistral, Molmo2
+
+
+def without(*names: str) -> dict:
+    return {name: value for name, value in TEXT.items() if name not in names}
+
+
+@family
+def llava() -> Family:
+    form = template("'USER: '", "<image>\\n", " ", "ASSISTANT:")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    words = tokenizer(form, named={"image_token": "<image>"}, add_bos=True, **special)
+    processor = transformers.LlavaProcessor(
+        transformers.LlavaImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE),
+        words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=form,
+    )
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={"model_type": "llama", **TEXT, "vocab_size": len(words) + 16},
+        vision_config={"model_type": "clip_vision_model", **VISION, "image_size": SIDE, "patch_size": 14},
+        image_token_index=words.image_token_id,
+    )
+    return processor, config
+
+
+@family
+def llava_onevision() -> Family:
+    form = chatml("<image>\\n")
+    named = {"image_token": "<image>", "video_token": "<video>"}
+    words = tokenizer(form, "<|im_start|>", named=named, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tiles = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, 2 * SIDE]]
+    processor = transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=tiles),
+        words,
+        transformers.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=PATCHES,
+        vision_feature_select_strategy="full",
+        chat_template=form,
+    )
+    config = AutoConfig.for_model(
+        "llava_onevision",
+        text_config={"model_type": "qwen2", **without("head_dim"), "vocab_size": len(words) + 16},
+        vision_config=SIGLIP,
+        image_token_index=words.image_token_id,
+        video_token_index=words.video_token_id,
+        image_grid_pinpoints=tiles,
+    )
+    return processor, config
+
+
+@family
+def glm4v() -> Family:
+    return glm("glm4v", transformers.Glm4vProcessor, transformers.Glm4vImageProcessor, transformers.Glm4vVideoProcessor)
+
+
+@family
+def glm46v() -> Family:
+    return glm(
+        "glm46v", transformers.Glm46VProcessor, transformers.Glm46VImageProcessor, transformers.Glm46VVideoProcessor
+    )
+
+
+def glm(model_type: str, processor: Any, images: Any, videos: Any) -> Family:
+    form = template(
+        "'<|' + message.role + '|>\\n'",
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        "",
+        "<|assistant|>\\n",
+        start="[gMASK]<sop>",
+    )
+    named = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    named |= {"boi": "<|begin_of_image|>", "eoi": "<|end_of_image|>"}
+    named |= {"bov": "<|begin_of_video|>", "eov": "<|end_of_video|>"}
+    more = ("[gMASK]", "<sop>", "<|assistant|>")
+    words = tokenizer(form, *more, named=named, eos_token="<|user|>", pad_token="<|endoftext|>")
+    number = words.convert_tokens_to_ids
+    pixels = 2 * SIDE**2  # counted over the two frames that a picture is doubled to
+    made = processor(
+        images(size={"shortest_edge": pixels, "longest_edge": pixels}, patch_size=14, merge_size=2),
+        words,
+        videos(),
+        chat_template=form,
+    )
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={
+            "model_type": "glm4v_text",
+            **without("head_dim"),
+            "vocab_size": len(words) + 16,
+            **rope(2, 1, 1, interleaved=False, partial_rotary_factor=0.5),
+        },
+        vision_config={
+            "model_type": "glm4v_vision",
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 14,
+            "image_size": SIDE,
+            "out_hidden_size": 64,
+            "spatial_merge_size": 2,
+        },
+        image_token_id=number("<|image|>"),
+        video_token_id=number("<|video|>"),
+        image_start_token_id=number("<|begin_of_image|>"),
+        image_end_token_id=number("<|end_of_image|>"),
+        video_start_token_id=number("<|begin_of_video|>"),
+        video_end_token_id=number("<|end_of_video|>"),
+    )
+    return made, config
+
+
+@family
+def mistral3() -> Family:
+    form = template(
+        "'[INST]' if message.role == 'user' else '[SYSTEM]'", "[IMG]", "[/INST]", "", start="{{ bos_token }}"
+    )
+    words = tokenizer(
+        form,
+        "[INST]",
+        "[/INST]",
+        named={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+        add_bos=True,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    processor = transformers.PixtralProcessor(
+        transformers.PixtralImageProcessor(size={"longest_edge": SIDE}, patch_size={"height": 28, "width": 28}),
+        words,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=form,
+    )
+    config = AutoConfig.for_model(
+        "mistral3",
+        text_config={"model_type": "ministral3", **TEXT, "vocab_size": len(words) + 16, "sliding_window": None},
+        vision_config={"model_type": "pixtral", **VISION, "image_size": SIDE, "patch_size": 14, "head_dim": 16},
+        image_token_index=words.image_token_id,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    return processor, config
+
+
+@family
+def molmo2() -> Family:
+    form = chatml("<|image|>")
+    parts = ("im_start", "im_end", "im_patch", "im_col", "low_res_im_start", "frame_start", "frame_end", "im_low")
+    words = tokenizer(
+        form,
+        "<|im_start|>",
+        *(f"<{part}>" for part in parts),
+        named={"image_token": "<|image|>", "video_token": "<|video|>"},
+        bos_token="<|im_end|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    processor = transformers.Molmo2Processor(
+        transformers.Molmo2ImageProcessor(size=SQUARE, patch_size=14, pooling_size=[2, 2], overlap_margins=[0, 0]),
+        transformers.Molmo2VideoProcessor(),
+        words,
+        chat_template=form,
+    )
+    number = words.convert_tokens_to_ids
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model(
+        "molmo2",
+        text_config={**TEXT, "vocab_size": len(words) + 8, "additional_vocab_size": 8},
+        vision_config={
+            **VISION,
+            **heads,
+            "num_hidden_layers": 3,
+            "image_size": [SIDE, SIDE],
+            "patch_size": 14,
+            "num_position_embeddings": PATCHES,
+        },
+        adapter_config={
+            **heads,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "text_hidden_size": 64,
+            "vision_feature_layer": [-1, -2],
+        },
+        image_start_token_id=number("<im_start>"),
+        low_res_image_start_token_id=number("<low_res_im_start>"),
+        image_end_token_id=number("<im_end>"),
+        image_patch_id=number("<im_patch>"),
+        image_col_id=number("<im_col>"),
+        frame_start_token_id=number("<frame_start>"),
+        frame_end_token_id=number("<frame_end>"),
+    )
+    return processor, config
