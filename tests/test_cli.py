@@ -217,7 +217,7 @@ def test_doctor_really_renders():
 
 @pytest.mark.parametrize(("working", "ok", "said"), [("osmesa", True, "osmesa"), ("egl", False, "MUJOCO_GL=egl")])
 def test_doctor_judges_the_backend_that_the_simulator_chooses(monkeypatch: pytest.MonkeyPatch, working, ok, said):
-    monkeypatch.setattr("vlm4vla.sims.grinningface.backend.choose_backend", lambda: "osmesa")
+    monkeypatch.setattr("vlm4vla.sims.backend.choose_backend", lambda: "osmesa")
     monkeypatch.setattr(doctor, "renders", lambda backend: backend == working)
     found = doctor.renderer()
     assert found.ok is ok

@@ -14,8 +14,8 @@ import pytest
 from fake_sim import CONVENTION
 from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
+from vlm4vla.sims.backend import choose_backend
 from vlm4vla.sims.grinningface import emoji
-from vlm4vla.sims.grinningface.backend import choose_backend
 from vlm4vla.sims.worker import MAX_ARRAYS, PREFIX, FrameReader, Worker, WorkerFault, frame
 
 TESTS = str(Path(__file__).parent)
@@ -23,7 +23,7 @@ TESTS = str(Path(__file__).parent)
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", TESTS)
+    monkeypatch.setenv("PYTHONPATH", TESTS, prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vlm4vla.errors import UserError
+from vlm4vla.sims.environments import ENVIRONMENTS
 
 DEMO_MEMORY_GB = 4
 DEMO_DISK_GB = 2
@@ -95,7 +96,7 @@ def device() -> Finding:
 def renderer() -> Finding:
     """Really render with the backend that the simulator will choose, in a process of its own: a wrong one can abort
     the interpreter."""
-    from vlm4vla.sims.grinningface.backend import BACKENDS, choose_backend
+    from vlm4vla.sims.backend import BACKENDS, choose_backend
 
     if installed("mujoco") is None:
         return Finding("rendering", False, "unknown without mujoco", "make setup")
@@ -143,6 +144,16 @@ def embedded_vlm() -> Finding:
     return Finding("embedded VLM", True, f"{weights.stat().st_size / 2**20:.1f} MB")
 
 
+def simulator(name: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        from vlm4vla.sims.environments import folder, missing
+
+        problem = missing(name)
+        return Finding(name, problem is None, problem or str(folder(name)), f"vlm4vla sims setup {name}", needed=False)
+
+    return check
+
+
 def memory() -> Finding:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return Finding("memory", True, "unknown on this system", needed=False)
@@ -172,6 +183,7 @@ CHECKS = (
     renderer,
     emoji_font,
     embedded_vlm,
+    *(simulator(name) for name in ENVIRONMENTS),
     memory,
     cores,
     disk,

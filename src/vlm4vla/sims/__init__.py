@@ -6,8 +6,12 @@ from typing import Any
 
 from vlm4vla.errors import UserError, nearest
 from vlm4vla.sims.base import Sim
+from vlm4vla.sims.environments import ENVIRONMENTS
 
-SIMS = {"grinningface": "vlm4vla.sims.grinningface.env:GrinningFace"}
+SIMS = {
+    "grinningface": "vlm4vla.sims.grinningface.env:GrinningFace",
+    "libero": "vlm4vla.sims.libero:Libero",
+}
 """Name -> ``module:Class``; imported on use, so that a simulator's packages are needed by its users only."""
 
 PACKAGES = ("numpy", "mujoco", "gymnasium", "mani_skill", "sapien", "robosuite", "pybullet")
@@ -24,15 +28,22 @@ def make(name: str, **kwargs: Any) -> Sim:
             f"one of {', '.join(SIMS)}, or module:Class",
             f"nearest: {nearest(name, [*SIMS])}",
         )
+    if name not in SIMS:
+        mend = f"check that {module} is on PYTHONPATH"
+    elif name in ENVIRONMENTS:
+        mend = f"vlm4vla sims setup {name}, or install its packages for {sys.executable}"
+    else:
+        mend = f'pip install "vlm4vla[{name}]"'
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"the simulator {name!r} does not import: {error}",
-            f"{target} and its packages",
-            f'pip install "vlm4vla[{name}]"' if name in SIMS else f"check that {module} is on PYTHONPATH",
+            f"the simulator {name!r} does not import: {error}", f"{target} and its packages", mend
         ) from error
-    return cls(**kwargs)
+    try:
+        return cls(**kwargs)
+    except ImportError as error:
+        raise UserError(f"the simulator {name!r} does not start: {error}", "its packages", mend) from error
 
 
 def versions(sim: Sim) -> dict[str, str]:

@@ -46,3 +46,13 @@ class Sim(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_actions(actions: np.ndarray, convention: Convention) -> np.ndarray:
+    """``actions`` as float64 (n, A). Raises ``ValueError`` on another shape or numbers that are not finite."""
+    actions, width = np.asarray(actions, dtype=float), len(convention.names)
+    if actions.ndim != 2 or actions.shape[1] != width or not len(actions):
+        raise ValueError(f"actions of shape {actions.shape}, expected (n, {width}), n >= 1")
+    if not np.isfinite(actions).all():
+        raise ValueError("actions with non-finite numbers")
+    return actions

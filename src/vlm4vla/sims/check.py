@@ -4,28 +4,33 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vlm4vla import sims
 from vlm4vla.sims.base import Sim, StepOutcome
+from vlm4vla.sims.remote import Remote
 from vlm4vla.types import Observation
 
 SEEDS = (3, 4)
 STEP_LIMIT = 10_000
 """Control steps after which an episode counts as endless."""
 
+CAMERAS = ("upright", "upright_mirrored")
+LARGE = 100.0
+"""An action component that no convention's units make sense of: the adapter must limit it, and stay finite."""
+
 
 class SimCheckError(AssertionError):
     """An adapter that breaks the protocol of ``sims/base.py``; the message says which rule, and how."""
 
 
-def check_sim(sim: str | Callable[[], Sim], num_steps: int = 8) -> None:
-    """Check the protocol on two instances built by ``sim`` (a name of ``SIMS``, ``module:Class`` or a function).
+def check_sim(sim: str | Callable[[], Sim], num_steps: int = 8, python: str | None = None) -> None:
+    """Check the protocol on two instances of ``sim``: a name of ``SIMS`` or ``module:Class``, each instance in a
+    process of its own (of the interpreter ``python``, where that is given), or a function that builds one here.
 
-    Determinism from the seed to the bit (pixels, states, outcomes), shapes and dtypes, refusals, horizon, close and
-    reopen. Takes an episode and some. Raises ``SimCheckError``.
+    Determinism from the seed to the bit (pixels, states, outcomes), shapes and dtypes, refusals, large actions,
+    horizon, no success for doing nothing, close and reopen. Takes an episode and some. Raises ``SimCheckError``.
     """
 
     def build() -> Sim:
-        return sims.make(sim) if isinstance(sim, str) else sim()
+        return Remote(sim, python=python) if isinstance(sim, str) else sim()
 
     first, second = build(), build()
     try:
@@ -38,6 +43,7 @@ def check_sim(sim: str | Callable[[], Sim], num_steps: int = 8) -> None:
         if all(np.array_equal(a, b) for a, b in zip(_pixels(once[0]), _pixels(other[0]), strict=True)):
             raise SimCheckError(f"seeds {SEEDS[0]} and {SEEDS[1]} start with the same pictures")
         _refusals(first, actions)
+        _bounds(first, actions)
         _horizon(first)
     finally:
         first.close()
@@ -78,8 +84,8 @@ def _observe(sim: Sim) -> Observation:
     for name, image in observation.images.items():
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise SimCheckError(f"camera {name}: {image.dtype} {image.shape}, expected uint8 (height, width, 3)")
-    if sim.convention.camera != "upright":
-        raise SimCheckError(f"convention.camera is {sim.convention.camera!r}; adapters hand out upright pictures")
+    if sim.convention.camera not in CAMERAS:
+        raise SimCheckError(f"convention.camera is {sim.convention.camera!r}, expected one of {', '.join(CAMERAS)}")
     if not isinstance(observation.instruction, str) or not observation.instruction.strip():
         raise SimCheckError(f"the instruction {observation.instruction!r}, expected a sentence")
     state = observation.state
@@ -132,6 +138,18 @@ def _refusals(sim: Sim, actions: np.ndarray) -> None:
         except ValueError:
             continue
         raise SimCheckError(f"{what} was accepted; expected ValueError")
+
+
+def _bounds(sim: Sim, actions: np.ndarray) -> None:
+    """Far too large actions are limited: the state stays finite, and the next episode does not remember them."""
+    sim.reset(SEEDS[0])
+    calm = sim.observe()
+    sim.execute(np.full_like(actions[:2], LARGE))
+    _observe(sim)
+    sim.reset(SEEDS[0])
+    again = sim.observe()
+    if not all(np.array_equal(p, q) for p, q in zip(_pixels(calm), _pixels(again), strict=True)):
+        raise SimCheckError("an episode starts with other pixels after one with large actions")
 
 
 def _horizon(sim: Sim) -> None:

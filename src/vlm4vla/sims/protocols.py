@@ -1,14 +1,18 @@
 """Named, versioned evaluation protocols: simulator, variant, seeds, horizon and success rule are one name.
 
-Published numbers under another rule are another protocol. Seeds of ``v1`` are for reporting only; every recipe in
-this repository was chosen on ``dev`` seeds. Demonstrations use a third range (``DEMO_SEED``).
+Published numbers under another rule are another protocol. GrinningFace: seeds of ``v1`` are for reporting only; every
+recipe in this repository was chosen on ``dev`` seeds; demonstrations use a third range (``DEMO_SEED``).
+
+A name may carry options, which make it another protocol with results of its own: ``libero_10/v1+execute=8`` executes
+8 actions of each chunk, ``+ensemble=0.01`` averages all chunks that predict a step (``evaluation/rollout.py``).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from vlm4vla.errors import UserError, nearest
+from vlm4vla.sims import libero
 
 DEMO_SEED = 0
 """Demonstration ``i`` of a recording is episode seed ``DEMO_SEED + recording_seed * 1_000_000 + i`` (< 100 M)."""
@@ -19,7 +23,8 @@ DEV_SEED = 200_000_000
 @dataclass(frozen=True)
 class Protocol:
     name: str
-    """``<sim>/<level>[-<variant>]/<split>/<version>``, e.g. ``grinningface/place-cards5/val/v1``."""
+    """``<sim or suite>[/<level>[-<variant>]/<split>]/<version>[+<option>=<value>...]``, e.g.
+    ``grinningface/place-cards5/val/v1``."""
     sim: str
     """Key of ``sims.SIMS``."""
     sim_args: dict[str, Any] = field(default_factory=dict)
@@ -31,9 +36,17 @@ class Protocol:
     """Actions executed of each predicted chunk."""
     success_rule: str = ""
     """In words, as measured by the simulator."""
+    num_episodes: int | None = None
+    """How many there are; None: any number."""
+    image: str | None = None
+    """What the simulator does to a picture before the policy's own processor, in words."""
+    ensemble: float | None = None
+    """Temporal ensembling (arXiv 2304.13705): an executed action is the mean of all predictions for its step, weighted
+    by exp(-ensemble x age rank), the oldest first. None: the newest chunk alone."""
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Fields that are None are left out: a field that is added later changes no identity."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def _grinningface() -> list[Protocol]:
@@ -68,9 +81,33 @@ def _grinningface() -> list[Protocol]:
     ]
 
 
+def _libero() -> list[Protocol]:
+    """``{suite}/v1``: layouts made from the episode's seed; ``{suite}/published/v1``: in the published order of resets.
+
+    OpenVLA-OFT, openpi and VLM4VLA agree on all but the number of executed actions (8, 5 and 4) and on openpi's padding
+    of the picture.
+    """
+    rule = "LIBERO's goal predicates hold after any step, which ends the episode; 10 settling steps before do not count"
+    return [
+        Protocol(
+            name=f"{suite}{'/published' if layouts == 'published' else ''}/v1",
+            sim="libero",
+            sim_args={"suite": suite, "layouts": layouts},
+            first_seed=0,
+            max_steps=max_steps,
+            execute=4,
+            success_rule=rule,
+            num_episodes=libero.TASKS[suite] * libero.NUM_STATES,
+            image=f"agentview at {libero.RENDER_SIZE} px, rotated by 180 degrees, bicubic to the policy's size",
+        )
+        for suite, max_steps in libero.SUITES.items()
+        for layouts in ("seeded", "published")
+    ]
+
+
 @cache
 def _protocols() -> dict[str, Protocol]:
-    return {p.name: p for p in _grinningface()}
+    return {p.name: p for p in (*_grinningface(), *_libero())}
 
 
 def protocol_names() -> list[str]:
@@ -78,12 +115,27 @@ def protocol_names() -> list[str]:
 
 
 def protocol(name: str) -> Protocol:
-    """Raises ``UserError`` naming the nearest protocols where there is none of that name."""
+    """Raises ``UserError`` naming the nearest protocols where there is none of that name, and on unknown options."""
     known = _protocols()
-    if name not in known:
+    plain, *options = name.split("+")
+    if plain not in known:
         raise UserError(
-            f"no protocol {name!r}",
+            f"no protocol {plain!r}",
             "a name listed by: vlm4vla sims protocols",
-            f"nearest: {nearest(name, list(known))}",
+            f"nearest: {nearest(plain, list(known))}",
         )
-    return known[name]
+    changes: dict[str, Any] = {}
+    for option in options:
+        key, _, text = option.partition("=")
+        try:
+            changes[key] = {"execute": int, "ensemble": float}[key](text)
+            if not 0 <= changes[key] < float("inf") or (key, changes[key]) == ("execute", 0):
+                raise ValueError(text)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"the option {option!r} of {name}",
+                "execute=<steps, 1 or more> or ensemble=<decay, 0 or more>",
+                f"vlm4vla eval POLICY --protocol {plain}+execute=8",
+            ) from None
+    full = "+".join([plain, *(f"{key}={value:g}" for key, value in sorted(changes.items()))])
+    return replace(known[plain], name=full, **changes)

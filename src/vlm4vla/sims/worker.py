@@ -1,7 +1,8 @@
 """One environment per process: the worker that runs a simulator, and the parent's handle on it.
 
-The worker is ``python -m vlm4vla.sims.worker``; it needs no torch. Parent and worker exchange frames over the
-worker's stdin and stdout:
+The worker runs in this interpreter or in a simulator's own (``sims/environments.py``), where this package need not be
+installed: ``BOOTSTRAP`` imports it from its folder, and nothing else of its surroundings. It needs numpy and no torch.
+Parent and worker exchange frames over the worker's stdin and stdout:
 
     frame = <u32 bytes of header> <u64 bytes of arrays> <header: JSON, padded to 8 bytes> <arrays: raw, in order>
 
@@ -22,13 +23,13 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -36,6 +37,7 @@ import numpy as np
 from vlm4vla import sims
 from vlm4vla.errors import UserError
 from vlm4vla.sims.base import Sim, StepOutcome
+from vlm4vla.sims.environments import interpreter
 from vlm4vla.types import Observation
 
 PREFIX = struct.Struct("<IQ")
@@ -46,12 +48,25 @@ DTYPES = ("|u1", "<f4", "<f8")
 STDERR_TAIL = 4000
 """Bytes of a worker's stderr that a fault message quotes."""
 POLITE_EXIT_S = 2.0
+BOOTSTRAP = """
+import importlib.util, sys
+folder, parent = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("vlm4vla", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["vlm4vla"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from vlm4vla.sims.worker import main
+main(int(parent))
+"""
+"""Not ``-m``: to put this package's ``site-packages`` on a foreign interpreter's path would shadow its own packages."""
 
 Arrays = dict[str, np.ndarray]
 
 
 class WorkerFault(Exception):  # noqa: N818 (a fault is what the results call it)
     """The worker crashed, hung, raised or broke the protocol: the infrastructure's fault, not the policy's."""
+
+    refused = False
+    """Whether the simulator refused the request with a ``ValueError`` and lives on."""
 
 
 def frame(header: dict, arrays: Arrays) -> list[bytes | memoryview]:
@@ -152,10 +167,12 @@ class Worker:
         kwargs: its keyword arguments, plain JSON values.
         timeout_s: a reply that takes longer is a fault. Time in which the parent does not listen must be given back
             with ``postpone``.
+        python: the interpreter to run in; see ``environments.interpreter``, which also says what it raises.
     """
 
-    def __init__(self, sim: str, kwargs: dict, timeout_s: float = 120.0):
+    def __init__(self, sim: str, kwargs: dict, timeout_s: float = 120.0, python: str | None = None):
         self._sim, self._kwargs, self._timeout_s = sim, kwargs, timeout_s
+        self._python = interpreter(sim, python)
         self.start()
 
     def start(self) -> None:
@@ -163,7 +180,7 @@ class Worker:
         # Of its own session: Ctrl-C reaches only the parent, which ends its workers in order, and a simulator's own
         # child processes die with it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vlm4vla.sims.worker", str(os.getpid())],
+            [self._python, "-c", BOOTSTRAP, str(Path(sims.__file__).parents[1]), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -224,7 +241,9 @@ class Worker:
         if "user_error" in header:
             raise UserError(*header["user_error"])
         if "error" in header:
-            raise WorkerFault(header["error"])
+            fault = WorkerFault(header["error"])
+            fault.refused = header["refused"]
+            raise fault
         outcome = StepOutcome(**header["outcome"]) if "outcome" in header else None
         images = {name.removeprefix("image/"): a for name, a in arrays.items() if name.startswith("image/")}
         observation = Observation(images, header["instruction"], arrays.get("state")) if images else None
@@ -346,9 +365,10 @@ class Server:
         return reply, images if seen.state is None else {**images, "state": seen.state}
 
 
-def main() -> None:
+def main(parent: int) -> None:
+    """The worker, until its stdin closes or the process ``parent`` ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent(int(sys.argv[1]))
+    exit_with_parent(parent)
     # The protocol keeps private copies of the pipes; from here on, prints of libraries go to stderr.
     requests, replies = FrameReader(os.dup(0)), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -360,14 +380,11 @@ def main() -> None:
                 parts = frame(*server.answer(*request))
             except UserError as error:
                 parts = frame({"user_error": [error.found, error.expected, error.next_step]}, {})
-            except Exception:
-                parts = frame({"error": traceback.format_exc()[-STDERR_TAIL:]}, {})
+            except Exception as error:
+                told = {"error": traceback.format_exc()[-STDERR_TAIL:], "refused": isinstance(error, ValueError)}
+                parts = frame(told, {})
             for part in parts:
                 replies.write(part)
             replies.flush()
     if server.sim is not None:
         server.sim.close()
-
-
-if __name__ == "__main__":
-    main()

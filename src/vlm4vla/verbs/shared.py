@@ -18,6 +18,11 @@ workers_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, help="E.g. cuda:1; auto says which it takes."
 )
+sim_python_option = click.option(
+    "--sim-python",
+    metavar="PATH",
+    help="Python that runs the simulator. [default: what `sims setup` made, or this one]",
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="BLAS threads."
 )

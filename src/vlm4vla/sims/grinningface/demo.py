@@ -1,13 +1,12 @@
 """A look at the simulator: the expert's episode as a film strip and as an MP4."""
 
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm4vla.files import replacing
+from vlm4vla.sims.film import write_film
 from vlm4vla.sims.grinningface.env import CONTROL_HZ, GrinningFace
 
 IMAGE_SIZE = 224
@@ -33,7 +32,7 @@ def demo(out_dir: Path | str, level: str = "place", seed: int = 0) -> tuple[Path
     stem = out_dir / f"grinningface_{level}_{seed}"
     strip, film = stem.with_suffix(".png"), stem.with_suffix(".mp4")
     write_strip(strip, frames, observation.instruction)
-    write_film(film, frames)
+    write_film(film, frames, CONTROL_HZ)
     return strip, film
 
 
@@ -50,14 +49,3 @@ def write_strip(path: Path, frames: list[np.ndarray], title: str) -> None:
         draw.text((x + 2, size + BAR + 4), f"step {step}", fill=INK, font=font)
     with replacing(path) as partial:
         sheet.save(partial, "PNG", optimize=True)
-
-
-def write_film(path: Path, frames: list[np.ndarray]) -> None:
-    """H.264 at the control rate: as fast as it happened. The last frame stays for a second."""
-    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(CONTROL_HZ), options={"crf": "18"})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for frame in [*frames, *[frames[-1]] * int(CONTROL_HZ)]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())

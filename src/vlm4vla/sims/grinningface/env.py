@@ -22,9 +22,9 @@ import mujoco
 import numpy as np
 
 from vlm4vla.convention import Convention
-from vlm4vla.sims.base import StepOutcome
+from vlm4vla.sims.backend import choose_backend
+from vlm4vla.sims.base import StepOutcome, check_actions
 from vlm4vla.sims.grinningface import emoji
-from vlm4vla.sims.grinningface.backend import choose_backend
 from vlm4vla.sims.grinningface.control import DOWN, euler_from_rotation, limit_command
 from vlm4vla.sims.grinningface.episode import Episode, check_names, draw_episode
 from vlm4vla.sims.grinningface.expert import next_action
@@ -108,11 +108,7 @@ class GrinningFace:
         self.steps, self.limited_steps, self.done = 0, 0, False
 
     def execute(self, actions: np.ndarray) -> StepOutcome:
-        actions = np.asarray(actions, dtype=float)
-        if actions.ndim != 2 or actions.shape[1] != len(self.convention.names) or not len(actions):
-            raise ValueError(f"actions of shape {actions.shape}, expected (n, {len(self.convention.names)}), n >= 1")
-        if not np.isfinite(actions).all():
-            raise ValueError("actions with non-finite numbers")
+        actions = check_actions(actions, self.convention)
         if self.done:
             raise RuntimeError("no episode under way; reset first")
         before = self.steps

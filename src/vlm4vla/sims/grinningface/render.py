@@ -11,7 +11,7 @@ import mujoco
 import numpy as np
 
 from vlm4vla.errors import UserError
-from vlm4vla.sims.grinningface.backend import BACKENDS, choose_backend
+from vlm4vla.sims.backend import BACKENDS, choose_backend
 
 
 def open_gl(model: mujoco.MjModel, size: int):

@@ -1,0 +1,236 @@
+"""Environments of their own for simulators whose packages a training environment cannot hold.
+
+``vlm4vla sims setup NAME`` makes ``<cache>/sims/<NAME>``:
+
+    venv/        Python with exactly the packages of ``requirements/<NAME>.txt`` (nothing is resolved), and a link to
+                 the simulator's assets where its code looks for them
+    frame.png    the picture that proved it
+    ready.json   written last: where it is and fits the pinned versions, workers of NAME run here by themselves
+
+``<cache>`` is ``$VLM4VLA_CACHE``, else ``vlm4vla`` in ``$XDG_CACHE_HOME``, else ``~/.cache/vlm4vla``. This package is
+not installed there: ``sims/worker.py`` brings itself along, and needs numpy only.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm4vla.errors import UserError
+from vlm4vla.files import replacing, write_text
+from vlm4vla.locks import locked
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a simulator needs beside this package."""
+
+    pythons: tuple[tuple[int, int], ...]
+    """Versions of Python for which all pinned packages exist."""
+    link: str
+    """Where below ``site-packages`` the simulator's code looks for its assets."""
+    inside: str
+    """The path inside the assets folder to which ``link`` points (``.``: the folder itself)."""
+    must_hold: tuple[str, ...]
+    """Paths by which an assets folder is recognised."""
+    hub: str
+    """Hub data set that holds the assets."""
+    size: str
+    licence: str
+
+
+ENVIRONMENTS = {
+    "libero": Environment(
+        pythons=((3, 11), (3, 12), (3, 13)),
+        link="libero/libero/assets",
+        inside=".",
+        must_hold=("articulated_objects", "scenes", "stable_hope_objects", "textures"),
+        hub="lerobot/libero-assets",
+        size="420 MB",
+        licence="LIBERO's data is CC BY 4.0; of the meshes nothing is said, and some look CC BY-NC-SA",
+    ),
+}
+
+
+def cache() -> Path:
+    if own := os.environ.get("VLM4VLA_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm4vla"
+
+
+def folder(name: str) -> Path:
+    return cache() / "sims" / name
+
+
+def interpreter(sim: str, asked: str | None = None) -> str:
+    """The Python that runs ``sim``: the one asked for, else that of the simulator's own environment, else this one.
+
+    Raises:
+        UserError: there is no such interpreter, or the simulator's environment is missing, unfinished or outdated.
+    """
+    if asked:
+        if found := shutil.which(asked):
+            return found
+        raise UserError(f"no executable {asked}", "a Python interpreter", "name one: --sim-python /path/to/bin/python")
+    if sim not in ENVIRONMENTS:
+        return sys.executable
+    if problem := missing(sim):
+        raise UserError(problem, "an environment of its own", f"vlm4vla sims setup {sim}, or name one: --sim-python")
+    return str(_python(folder(sim)))
+
+
+def missing(name: str) -> str | None:
+    """What is not as it should be with a simulator's environment, in words; None where all is well."""
+    path = folder(name) / "ready.json"
+    if not path.is_file():
+        return f"the simulator {name} is not set up in {folder(name)}"
+    try:
+        ready = json.loads(path.read_text())
+        versions, assets = ready["requirements"], Path(ready["assets"])
+    except (ValueError, KeyError, TypeError):
+        return f"{path} is damaged"
+    if versions != _digest(name):
+        return f"{folder(name)} was set up with other versions than this vlm4vla pins"
+    if not assets.is_dir():
+        return f"the assets of {name} are no longer at {assets}"
+    return None
+
+
+def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, say: Say) -> Path:
+    """Make the environment of ``name`` and prove it with a rendered frame -> that picture. Run again to continue.
+
+    Args:
+        assets: a folder with the simulator's assets; None where they are in place from an earlier start or fetched.
+        fetch: whether assets may be fetched.
+        python: the interpreter whose version the environment gets; this one where None.
+
+    Raises:
+        UserError: an unfit interpreter or assets folder, a failed installation or download, or no picture.
+    """
+    environment, target = ENVIRONMENTS[name], folder(name)
+    with locked(target / "lock", f"environment of {name}"):
+        (target / "ready.json").unlink(missing_ok=True)
+        if not _python(target).exists():
+            base = _fit(name, python or sys.executable)
+            say(f"{target}: a virtual environment of {base}")
+            _run([base, "-m", "venv", "--clear", str(target / "venv")])
+        say(f"installing the packages of {_requirements(name).name}")
+        _run([str(_python(target)), "-m", "pip", "install", "-q", "--no-deps", "-r", str(_requirements(name))])
+        link = _site_packages(target) / environment.link
+        found = _assets(name, assets, link, fetch, say)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to((found / environment.inside).resolve(), target_is_directory=True)
+        say("rendering a frame")
+        picture = _prove(name, target)
+        ready = {"requirements": _digest(name), "assets": str(found.resolve())}
+        write_text(target / "ready.json", json.dumps(ready, indent=1) + "\n")
+    return picture
+
+
+def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) -> Path:
+    environment = ENVIRONMENTS[name]
+    fetched = folder(name) / "assets"
+    if given is None and link.is_dir():
+        return link.resolve()
+    if given is None and not fetch:
+        raise UserError(
+            f"no assets for {name}",
+            f"a copy of the hub data set {environment.hub} ({environment.size}; licence: {environment.licence})",
+            f"vlm4vla sims setup {name} --assets FOLDER, or let it be fetched: vlm4vla sims setup {name} --fetch",
+        )
+    if given is None:
+        from huggingface_hub import snapshot_download
+
+        say(f"fetching {environment.hub} ({environment.size}; licence: {environment.licence})")
+        try:
+            snapshot_download(environment.hub, repo_type="dataset", local_dir=fetched)
+        except Exception as error:  # the hub's own, the network's and the disk's: many types, one meaning
+            raise UserError(
+                f"{environment.hub} could not be fetched: {error}",
+                "the hub within reach",
+                f"run it again (it continues), or bring a copy: vlm4vla sims setup {name} --assets FOLDER",
+            ) from error
+        given = fetched
+    lacking = [path for path in environment.must_hold if not (given / path).exists()]
+    if lacking:
+        raise UserError(
+            f"{given} without {', '.join(lacking)}",
+            f"the assets of {name}: {', '.join(environment.must_hold)}",
+            f"ls {given}",
+        )
+    return given
+
+
+def _prove(name: str, target: Path) -> Path:
+    from PIL import Image
+
+    from vlm4vla.sims.worker import Worker, WorkerFault
+
+    worker = Worker(name, {}, python=str(_python(target)))
+    try:
+        worker.receive()
+        seen = worker.ask("reset", seed=0, look=True).observation
+    except WorkerFault as fault:
+        raise UserError(
+            f"the simulator {name} does not render: {fault}", "one frame", "vlm4vla doctor; then set it up again"
+        ) from fault
+    finally:
+        worker.kill()
+    assert seen is not None
+    image = seen.images["main"]
+    if image.min() == image.max():
+        raise UserError(f"{name} rendered one colour only", "a picture", "try MUJOCO_GL=egl or MUJOCO_GL=osmesa")
+    path = target / "frame.png"
+    with replacing(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG")
+    return path
+
+
+def _requirements(name: str) -> Path:
+    return Path(__file__).parent / "requirements" / f"{name}.txt"
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(_requirements(name).read_bytes()).hexdigest()[:10]
+
+
+def _python(target: Path) -> Path:
+    return target / "venv" / "bin" / "python"
+
+
+def _site_packages(target: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(_run([str(_python(target)), "-c", code]).strip())
+
+
+def _fit(name: str, python: str) -> str:
+    """``python`` where its version has all pinned packages."""
+    python = interpreter("", python)
+    version = _run([python, "-c", "import sys; print(*sys.version_info[:2])"]).split()
+    known = ENVIRONMENTS[name].pythons
+    if tuple(map(int, version)) not in known:
+        raise UserError(
+            f"{python}, which is Python {'.'.join(version)}",
+            f"Python {' or '.join(f'{a}.{b}' for a, b in known)} for {name}",
+            f"vlm4vla sims setup {name} --python /usr/bin/python{known[0][0]}.{known[0][1]}",
+        )
+    return python
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr.strip()[-2000:]}",
+            "status 0",
+            "mend the cause and run the same command again: it continues",
+        )
+    return done.stdout

@@ -1,0 +1,123 @@
+"""Simulators in interpreters of their own: which one is taken, what is refused, and that a bare one suffices."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm4vla.errors import UserError
+from vlm4vla.sims import environments
+from vlm4vla.sims.check import SimCheckError, check_sim
+from vlm4vla.sims.remote import Remote
+from vlm4vla.sims.worker import Worker
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM4VLA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """An interpreter with numpy and the fake simulator, and without this package or any other of its dependencies."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    packages = folder / "packages"
+    packages.mkdir()
+    installed = Path(np.__file__).parents[1]
+    for path in (*installed.glob("numpy"), *installed.glob("numpy.libs"), TESTS / "fake_sim.py"):
+        (packages / path.name).symlink_to(path)
+    site = next((folder / "venv").glob("lib/python*/site-packages"))
+    (site / "extra.pth").write_text(f"{packages}\n")
+    return str(folder / "venv" / "bin" / "python")
+
+
+def test_a_worker_runs_where_only_numpy_is(bare_python, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    worker = Worker("fake_sim:FakeSim", {}, python=bare_python)
+    try:
+        assert worker.receive().made["versions"]["numpy"] == np.__version__
+        assert worker.ask("reset", seed=3, look=True).observation.instruction == "go to 0 (seed 3)"
+        assert Path(f"/proc/{worker.pid}/exe").resolve() == Path(bare_python).resolve()
+        assert bare_python in Path(f"/proc/{worker.pid}/cmdline").read_text()
+    finally:
+        worker.kill()
+
+
+def test_a_remote_simulator_looks_like_a_local_one(bare_python, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    sim = Remote("fake_sim:FakeSim", python=bare_python)
+    try:
+        sim.reset(3)
+        assert sim.execute(np.zeros((2, 7), np.float32)).steps == 2
+        assert sim.observe().images["main"].shape == (8, 8, 3)
+        with pytest.raises(ValueError, match="negative seed"):
+            sim.reset(-1)
+    finally:
+        sim.close()
+    with pytest.raises(SimCheckError, match="too short was accepted"):
+        check_sim("fake_sim:FakeSim", python=bare_python)
+
+
+def test_the_interpreter_is_never_guessed(cache):
+    assert environments.interpreter("grinningface") == sys.executable
+    assert environments.interpreter("libero", sys.executable) == sys.executable
+    with pytest.raises(UserError, match="no executable /no/such"):
+        environments.interpreter("libero", "/no/such")
+    with pytest.raises(UserError, match="vlm4vla sims setup libero"):
+        environments.interpreter("libero")
+
+
+def test_a_finished_environment_is_taken_while_it_fits(cache, tmp_path):
+    folder = cache / "sims" / "libero"
+    folder.mkdir(parents=True)
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    ready = {"requirements": environments._digest("libero"), "assets": str(assets)}
+    (folder / "ready.json").write_text(json.dumps(ready))
+    assert environments.interpreter("libero") == str(folder / "venv" / "bin" / "python")
+    assets.rmdir()
+    assert "no longer at" in str(environments.missing("libero"))
+    (folder / "ready.json").write_text(json.dumps(ready | {"requirements": "0"}))
+    assert "other versions" in str(environments.missing("libero"))
+    (folder / "ready.json").write_text("{")
+    assert "damaged" in str(environments.missing("libero"))
+
+
+def test_what_cannot_be_set_up_is_said(cache, tmp_path, monkeypatch):
+    def setup(**changes):
+        options = {"assets": None, "fetch": False, "python": None, "say": lambda _: None} | changes
+        return environments.setup("libero", **options)
+
+    old = replace(environments.ENVIRONMENTS["libero"], pythons=((3, 2),))
+    monkeypatch.setitem(environments.ENVIRONMENTS, "libero", old)
+    with pytest.raises(UserError, match=r"(?s)which is Python 3\..*Python 3\.2 for libero"):
+        setup()
+    monkeypatch.undo()
+    monkeypatch.setenv("VLM4VLA_CACHE", str(cache))
+    done = []
+    monkeypatch.setattr(environments, "_run", lambda command: done.append(command) or f"{tmp_path}\n3 11")
+    monkeypatch.setattr(environments, "_fit", lambda name, python: python)
+    with pytest.raises(UserError, match=r"(?s)420 MB; licence: .*--assets FOLDER"):
+        setup()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="without articulated_objects, scenes"):
+        setup(assets=tmp_path / "empty")
+    assert any("--no-deps" in command for command in done)
+    assert environments.missing("libero")
+
+
+def test_pinned_lists_are_complete():
+    """Nothing is resolved, so every line is one exact version."""
+    for name in environments.ENVIRONMENTS:
+        lines = environments._requirements(name).read_text().splitlines()
+        pins = [line for line in lines if line and not line.startswith("#")]
+        assert pins
+        assert all(line.count("==") == 1 for line in pins)

@@ -1,0 +1,190 @@
+"""LIBERO. What needs the simulator runs where ``vlm4vla sims setup libero`` was done."""
+
+import json
+import os
+import pickle
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm4vla.convention import LIBERO
+from vlm4vla.errors import UserError
+from vlm4vla.evaluation.rollout import evaluate
+from vlm4vla.sims import environments, libero
+from vlm4vla.sims.protocols import protocol
+from vlm4vla.sims.remote import Remote
+from vlm4vla.studies.store import Store
+from vlm4vla.types import ActionChunk
+
+missing = environments.missing("libero")
+simulated = pytest.mark.skipif(missing is not None, reason=f"{missing}: vlm4vla sims setup libero --assets FOLDER")
+
+
+def test_instructions_are_those_of_the_file_names():
+    assert libero.instruction("KITCHEN_SCENE3_turn_on_the_stove") == "turn on the stove"
+    assert libero.instruction("LIVING_ROOM_SCENE10_close_the_drawer") == "close the drawer"
+    assert libero.instruction("push_the_plate_to_the_front_of_the_stove") == "push the plate to the front of the stove"
+
+
+def test_axis_angles_are_not_folded():
+    half = np.sqrt(0.5)
+    np.testing.assert_allclose(libero.axis_angle(np.array([half, 0, 0, half])), [np.pi / 2, 0, 0])
+    np.testing.assert_allclose(libero.axis_angle(np.array([0, half, 0, -half])), [0, 3 * np.pi / 2, 0])
+    np.testing.assert_array_equal(libero.axis_angle(np.array([0.0, 0, 0, 1])), [0, 0, 0])
+
+
+def states_file(path, value, protocol=2):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", value if isinstance(value, bytes) else pickle.dumps(value, protocol))
+    return path
+
+
+def test_initial_states_are_read_and_nothing_else_is(tmp_path):
+    wanted = np.random.default_rng(0).normal(size=(50, 47))
+    # NumPy names its module otherwise since version 2; LIBERO's files are older.
+    raw = pickle.dumps(wanted, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    path = states_file(tmp_path / "good", raw)
+    np.testing.assert_array_equal(libero.initial_states(path), wanted)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'carried out'}",)
+
+    refused = {
+        "evil": Evil(),
+        "hidden": [wanted, Evil()],
+        "floats": wanted.astype(np.float32),
+        "list": [1.0, 2.0],
+        "bytes": b"no pickle",
+        "cut": raw[:-400],
+        "short": raw.replace(b"K2K/", b"K2K."),
+    }
+    assert refused["short"] != raw
+    for name, value in refused.items():
+        with pytest.raises(UserError, match="install hf-libero"):
+            libero.initial_states(states_file(tmp_path / name, value))
+    assert not (tmp_path / "carried out").exists()
+    (tmp_path / "text").write_text("no zip file")
+    for name in ("text", "absent"):
+        with pytest.raises(UserError, match="initial states"):
+            libero.initial_states(tmp_path / name)
+
+
+def test_protocols_are_the_published_ones():
+    named = protocol("libero_10/v1+execute=8")
+    assert (named.max_steps, named.num_episodes, named.execute) == (520, 500, 8)
+    assert protocol("libero_90/published/v1").num_episodes == 4500
+    assert [protocol(f"{suite}/v1").max_steps for suite in libero.SUITES] == [220, 280, 300, 520, 400]
+
+
+class Hold:
+    """Stays where it is, gripper open."""
+
+    convention = LIBERO
+
+    def predict(self, observations):
+        chunk = np.zeros((8, 7), np.float32)
+        chunk[:, -1] = 1
+        return [ActionChunk(chunk, LIBERO) for _ in observations]
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_episodes_depend_on_their_seed_alone(tmp_path):
+    """Two workers or one, in whichever order and whatever went before: the same pixels and states."""
+    named = protocol("libero_10/v1+execute=8")
+
+    def seen(order):
+        sim = Remote("libero", named.sim_args)
+        looks = {}
+        for seed in order:
+            sim.reset(seed)
+            sim.execute(np.full((3, 7), 0.3))
+            looks[seed] = sim.observe()
+        sim.close()
+        return looks
+
+    first, second = seen([0, 13, 3]), seen([3, 0])
+    for seed in (0, 3):
+        np.testing.assert_array_equal(first[seed].images["main"], second[seed].images["main"])
+        np.testing.assert_array_equal(first[seed].state, second[seed].state)
+    assert first[3].instruction == first[13].instruction
+    assert (first[3].images["main"] != first[13].images["main"]).any(), "another initial state"
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_the_published_order_is_the_same_for_a_worker_that_was_not_there():
+    named = protocol("libero_10/published/v1")
+
+    def seen(order):
+        sim = Remote("libero", named.sim_args)
+        for seed in order:
+            sim.reset(seed)
+        observation = sim.observe()
+        sim.close()
+        return observation
+
+    whole, alone = seen([100, 101, 102]), seen([102])
+    np.testing.assert_array_equal(whole.images["main"], alone.images["main"])
+    np.testing.assert_array_equal(whole.state, alone.state)
+
+
+COMPARE = """
+import json, sys
+import numpy as np
+from vlm4vla.sims.libero import Libero, SETTLE_STEPS, initial_states
+sim = Libero()
+sim.reset(0)
+sim.execute(np.full((5, 7), 0.4))
+ours = sim.observe()
+sim.close()
+# The published way: cameras rendered at every step, hold action, 8 numbers of state.
+from libero.libero.envs import OffScreenRenderEnv
+name = sim._names[0]
+np.random.seed(0)
+env = OffScreenRenderEnv(bddl_file_name=str(sim._root / "bddl_files/libero_10" / f"{name}.bddl"),
+                         camera_heights=256, camera_widths=256)
+env.env.object_property_initializers.clear()
+np.random.seed(0)
+env.reset()
+obs = env.set_init_state(initial_states(sim._root / "init_files/libero_10" / f"{name}.pruned_init")[0])
+for action in [[0.0] * 6 + [-1.0]] * SETTLE_STEPS + [[0.4] * 6 + [1.0]] * 5:
+    obs, reward, done, info = env.step(action)
+pixels = obs["agentview_image"][::-1, ::-1]
+state = np.concatenate([obs["robot0_eef_pos"], obs["robot0_gripper_qpos"]])
+print(json.dumps([int(np.abs(pixels.astype(int) - ours.images["main"]).max()),
+                  float(np.abs(state - ours.state[[0, 1, 2, 6, 7]]).max()), "torch" in sys.modules]))
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_pixels_and_states_are_those_of_an_environment_that_renders_every_step():
+    command = [environments.interpreter("libero"), "-c", COMPARE]
+    source = str(Path(libero.__file__).parents[2])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    pixels, state, torch = json.loads(done.stdout.splitlines()[-1])
+    assert (pixels, torch) == (0, False)
+    assert state < 1e-6, "float32"
+
+
+@pytest.mark.sim
+@simulated
+def test_holding_still_fails_in_libero_10(tmp_path):
+    named = protocol("libero_10/v1+execute=8")
+    short = type(named)(**{**named.to_dict(), "name": "libero_10/short/v1", "max_steps": 16})
+    with Store(tmp_path / "results.sqlite") as store:
+        results = evaluate(Hold(), short, 2, store, "hold", image_size=224, workers=2, progress=False)
+    assert [(r.success, r.steps, r.credits["task"]) for r in results] == [(False, 16, 0), (False, 16, 1)]
+    assert all(r.credits["goals_met"] < r.credits["goals"] for r in results)
+    assert results[0].versions["mujoco"] == "3.8.1"
