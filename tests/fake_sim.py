@@ -102,9 +102,22 @@ class FakePolicy:
         return chunks
 
 
-def protocol(name="fake/line/v1", **sim_args):
-    return Protocol(
-        name=name, sim="fake_sim:FakeSim", sim_args=sim_args, first_seed=FIRST_SEED, max_steps=12, execute=3
+class FakeProtocol(Protocol):
+    def to_dict(self):
+        """Trouble is the machine's and no part of what is measured."""
+        return super().to_dict() | {"sim_args": {}}
+
+
+def protocol(name="fake/line/v1", execute=3, ensemble=None, num_episodes=None, **sim_args):
+    return FakeProtocol(
+        name=name,
+        sim="fake_sim:FakeSim",
+        sim_args=sim_args,
+        first_seed=FIRST_SEED,
+        max_steps=12,
+        execute=execute,
+        ensemble=ensemble,
+        num_episodes=num_episodes,
     )
 
 

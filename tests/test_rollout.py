@@ -1,6 +1,7 @@
 """The episode loop: same results however it is run, interrupted or troubled."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fake_sim import CONVENTION, FIRST_SEED, FakePolicy, FakeSim, protocol
 from vlm4vla.errors import UserError
+from vlm4vla.evaluation.ensemble import blend
 from vlm4vla.evaluation.rollout import TRIES, evaluate
 from vlm4vla.sims.worker import Worker
 from vlm4vla.studies.store import Store
@@ -24,7 +26,7 @@ EPISODES = 12
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", TESTS)
+    monkeypatch.setenv("PYTHONPATH", TESTS, prepend=os.pathsep)
 
 
 @pytest.fixture
@@ -148,6 +150,64 @@ def test_film_strips_show_what_the_policy_saw(store, tmp_path):
         sim = FakeSim()
         sim.reset(result.seed)
         np.testing.assert_array_equal(strip[:, :8], sim.observe().images["main"])
+
+
+def test_videos_show_the_looks_and_the_end(store, tmp_path):
+    av = pytest.importorskip("av")
+    results = run(store, videos="failures", video_folder=tmp_path / "videos")
+    assert outcomes(results) == outcomes(run(store, "without"))
+    failed = [r for r in results if not r.success]
+    assert failed
+    names = {f"fake-line-v1-{r.episode:04d}.mp4" for r in failed}
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == names
+    with av.open(str(tmp_path / "videos" / min(names))) as film:
+        rate, frames = film.streams.video[0].average_rate, [frame.to_ndarray(format="rgb24") for frame in film.decode()]
+    looks = 12 // 3 + 1
+    assert rate == pytest.approx(CONVENTION.control_hz / 3, rel=1e-2), "as fast as it happened"
+    assert len(frames) == looks + max(1, round(rate)), "the looks and the end, which stays for a second"
+    caption = np.array([frame[384:].astype(int) for frame in frames])
+    assert (caption[0] < 128).any(), "a caption"
+    assert np.abs(caption[0] - caption[-1]).max() > 100, "another step, and the outcome"
+
+    run(store, "all", videos="all", video_folder=tmp_path / "all")
+    assert len(list((tmp_path / "all").iterdir())) == EPISODES
+
+
+def test_ensembling_averages_the_predictions_of_a_step(store):
+    old, new = np.full((4, 7), 1.0), np.full((4, 7), 3.0)
+    old[:, -1], new[:, -1] = 1.0, 0.0
+    both = blend([(0, old), (2, new)], 2, 4, decay=0.5)
+    weight = np.exp(-0.5)
+    assert both.shape == (4, 7)
+    np.testing.assert_allclose(both[:2, :6], (1.0 + 3.0 * weight) / (1 + weight), rtol=1e-6)
+    np.testing.assert_array_equal(both[2:, :6], 3.0)  # where the old chunk does not reach
+    np.testing.assert_array_equal(both[:, -1], [1, 1, 0, 0])  # the older, heavier vote
+
+    named = protocol("fake/line/v1+ensemble=0.1", ensemble=0.1)
+    results = run(store, named=named)
+    assert outcomes(results) == outcomes(run(store, "alone", named=named, workers=1))
+    assert [r.steps for r in results] != [r.steps for r in run(store, "plain")], "it acts otherwise"
+
+
+def test_a_protocol_keeps_its_meaning_in_a_store(store):
+    run(store, episodes=1)
+    assert store.protocols()["fake/line/v1"]["execute"] == 3
+    with pytest.raises(UserError, match='"execute": 2'):
+        run(store, named=protocol(execute=2), episodes=1)
+    with pytest.raises(UserError, match="at most 5"):
+        run(store, named=protocol("fake/short/v1", num_episodes=5), episodes=6)
+
+
+def test_an_evaluation_runs_once_at_a_time(store):
+    process = in_process(store.path, "run", 0.05)
+    while not store.results("run", "fake/line/v1"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=f"process {process.pid} holds"):
+        run(store)
+    assert process.poll() is None
+    process.communicate()
+    assert run(store) == store.results("run", "fake/line/v1")
 
 
 SCRIPT = """

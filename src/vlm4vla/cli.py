@@ -8,6 +8,7 @@ Exit status: 0 done, 1 a defect (traceback), 2 something the user can mend, 130 
 import shlex
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -23,9 +24,11 @@ from vlm4vla.verbs.shared import (
     next_step,
     out_option,
     set_option,
+    sim_python_option,
     threads_option,
     workers_option,
 )
+from vlm4vla.verbs.sims import sims
 
 EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors", "num2words"), "train"),
@@ -148,6 +151,14 @@ def train(
 @click.option(
     "--strips", type=click.IntRange(min=0), default=4, show_default=True, help="Episodes to keep film strips of."
 )
+@click.option(
+    "--video",
+    type=click.Choice(["failures", "all", "none"]),
+    default="none",
+    show_default=True,
+    help="MP4 of episodes.",
+)
+@sim_python_option
 @workers_option
 @device_option
 def evaluate(
@@ -156,6 +167,8 @@ def evaluate(
     episodes: int,
     store_path: Path | None,
     strips: int,
+    video: Literal["failures", "all", "none"],
+    sim_python: str | None,
     workers: int,
     device: str,
 ) -> None:
@@ -186,6 +199,9 @@ def evaluate(
                 progress=sys.stderr.isatty(),
                 strips=policy.parent / "strips",
                 num_strips=strips,
+                sim_python=sim_python,
+                videos=video,
+                video_folder=policy.parent / "videos",
             )
             rate = summarise(results)
             click.echo(f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else ""))
@@ -244,53 +260,7 @@ def report(folder: Path, out: Path | None) -> None:
     next_step("open {}", page)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sims
-
-
-@cli.group(cls=Verbs)
-def sims() -> None:
-    """Look at the simulators and check them."""
-
-
-@sims.command("protocols")
-def sims_protocols() -> None:
-    """List the evaluation protocols."""
-    from vlm4vla.sims.protocols import protocol, protocol_names
-
-    rules: dict[str, list[str]] = {}
-    for name in protocol_names():
-        each = protocol(name)
-        rules.setdefault(each.success_rule, []).append(
-            f"  {name:<42} {each.max_steps} steps, looks every {each.execute}"
-        )
-    for rule, lines in rules.items():
-        click.echo("\n".join([f"success: {rule}", *lines]))
-    next_step("vlm4vla eval POLICY --protocol NAME")
-
-
-@sims.command("demo")
-@click.argument("sim", type=click.Choice(["grinningface"]))
-@click.option("--level", default="place", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--out", type=FOLDER, default=Path("runs/sims"), show_default=True)
-def sims_demo(sim: str, level: str, seed: int, out: Path) -> None:
-    """Run the scripted expert of SIM once; write a film strip and an MP4."""
-    from vlm4vla.sims.grinningface.demo import demo as run
-
-    for path in run(out, level, seed):
-        click.echo(path)
-    next_step("vlm4vla data record --help")
-
-
-@sims.command("check")
-@click.argument("sim")
-def sims_check(sim: str) -> None:
-    """Check that SIM keeps the simulator protocol."""
-    from vlm4vla.sims.check import check_sim
-
-    check_sim(sim)
-    click.echo(f"{sim}: keeps the simulator protocol")
-    next_step("vlm4vla sims demo {}; vlm4vla sims protocols", sim)
+cli.add_command(sims)
 
 
 # -------------------------------------------------------------------------------------------------- doctor, completion

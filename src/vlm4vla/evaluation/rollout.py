@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from typing import Protocol as Interface
 
 import numpy as np
@@ -22,19 +23,28 @@ from tqdm import tqdm
 from vlm4vla import __version__
 from vlm4vla.convention import Convention, check_same
 from vlm4vla.errors import UserError
+from vlm4vla.evaluation.ensemble import blend
 from vlm4vla.evaluation.filmstrip import write_strip
 from vlm4vla.evaluation.interval import wilson
+from vlm4vla.evaluation.video import write_video
+from vlm4vla.locks import locked
 from vlm4vla.sims.base import StepOutcome
 from vlm4vla.sims.protocols import Protocol
 from vlm4vla.sims.worker import Reply, Worker, WorkerFault, wait
+from vlm4vla.spec import content_hash
 from vlm4vla.types import ActionChunk, BatchPolicy, EpisodeResult, Observation
 
 TRIES = 3
 """Starts of an episode whose worker fails before it becomes a fault."""
+Videos = Literal["failures", "all", "none"]
 
 
 class ResultStore(Interface):
     """Where rows go and where finished ones are found (``studies.store.Store``)."""
+
+    path: Path
+
+    def declare(self, protocol: str, definition: dict) -> None: ...
 
     def add(self, run_id: str, result: EpisodeResult) -> None: ...
 
@@ -52,6 +62,10 @@ class Attempt:
     """What the policy must act on now."""
     instruction: str = ""
     frames: list[np.ndarray] = field(default_factory=list)
+    """For strips and videos, with the steps done before each."""
+    frame_steps: list[int] = field(default_factory=list)
+    chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """For temporal ensembling: the step of each prediction, and its (H, A) actions."""
     timings: dict[str, float] = field(default_factory=lambda: {"sim": 0.0, "render": 0.0, "infer": 0.0})
     started: float = 0.0
 
@@ -69,6 +83,9 @@ def evaluate(
     timeout_s: float = 120.0,
     strips: Path | None = None,
     num_strips: int = 0,
+    sim_python: str | None = None,
+    videos: Videos = "none",
+    video_folder: Path | None = None,
 ) -> list[EpisodeResult]:
     """Evaluate ``policy`` on episodes 0 .. ``episodes`` - 1 of ``protocol``; finished ones are not repeated.
 
@@ -76,17 +93,48 @@ def evaluate(
         image_size: height and width in pixels of what the simulator renders.
         timeout_s: a worker that gives no reply for so long is restarted.
         strips: folder for PNG film strips of the frames that the policy saw in the first ``num_strips`` episodes.
+        sim_python: the interpreter of the workers (``sims/environments.py``).
+        videos: which episodes are written to ``video_folder`` as MP4, the same frames with captions.
 
     Returns:
         All ``episodes`` results in their order, those of earlier starts included. ``success`` is None where the
         infrastructure failed ``TRIES`` times; these are tried again by the next call.
 
     Raises:
-        UserError: conventions differ, the simulator cannot be made, or the policy's actions cannot be executed.
+        UserError: the protocol has fewer episodes or another definition in this store, another process evaluates the
+            same, conventions differ, the simulator cannot be made, or the policy's actions cannot be executed.
     """
-    return _Evaluation(policy, protocol, episodes, store, run_id, timeout_s, strips, num_strips).run(
-        workers, image_size, progress
-    )
+    if protocol.num_episodes is not None and episodes > protocol.num_episodes:
+        raise UserError(
+            f"{episodes} episodes of {protocol.name}",
+            f"at most {protocol.num_episodes}: there are no more",
+            "ask for fewer",
+        )
+    film = _Film(strips, num_strips, video_folder, videos)
+    lock = store.path.with_name(f"{store.path.name}.locks") / content_hash([run_id, protocol.name])
+    with locked(lock, f"evaluation of {run_id} under {protocol.name}"):
+        store.declare(protocol.name, protocol.to_dict())
+        evaluation = _Evaluation(policy, protocol, episodes, store, run_id, timeout_s, film)
+        return evaluation.run(workers, image_size, progress, sim_python)
+
+
+@dataclass(frozen=True)
+class _Film:
+    """Which episodes are filmed, and into which folders."""
+
+    strips: Path | None
+    num_strips: int
+    video_folder: Path | None
+    videos: Videos
+
+    def records(self, episode: int) -> bool:
+        return self.wants_strip(episode) or (self.video_folder is not None and self.videos != "none")
+
+    def wants_strip(self, episode: int) -> bool:
+        return self.strips is not None and episode < self.num_strips
+
+    def wants_video(self, success: bool) -> bool:
+        return self.video_folder is not None and (self.videos == "all" or (self.videos == "failures" and not success))
 
 
 class _Evaluation:
@@ -98,11 +146,10 @@ class _Evaluation:
         store: ResultStore,
         run_id: str,
         timeout_s: float,
-        strips: Path | None,
-        num_strips: int,
+        film: _Film,
     ):
         self.policy, self.protocol, self.episodes, self.store, self.run_id = policy, protocol, episodes, store, run_id
-        self.timeout_s, self.strips, self.num_strips = timeout_s, strips, num_strips
+        self.timeout_s, self.film = timeout_s, film
         rows = [row for row in store.results(run_id, protocol.name) if row.episode < episodes]
         self.finished = {row.episode for row in rows if row.success is not None}
         self.successes, self.faults = sum(bool(row.success) for row in rows), 0
@@ -111,7 +158,7 @@ class _Evaluation:
         self.versions: dict[str, str] = {}
         self.running: dict[Worker, Attempt] = {}
 
-    def run(self, num_workers: int, image_size: int, progress: bool) -> list[EpisodeResult]:
+    def run(self, num_workers: int, image_size: int, progress: bool, sim_python: str | None) -> list[EpisodeResult]:
         kwargs = {**self.protocol.sim_args, "image_size": image_size, "max_steps": self.protocol.max_steps}
         bar = tqdm(
             total=self.episodes,
@@ -122,7 +169,7 @@ class _Evaluation:
         )
         try:
             for _ in range(min(num_workers, len(self.todo))):
-                worker = Worker(self.protocol.sim, kwargs, self.timeout_s)
+                worker = Worker(self.protocol.sim, kwargs, self.timeout_s, sim_python)
                 self.running[worker] = Attempt(self.todo.popleft())
             while self.running:
                 wait(list(self.running))
@@ -158,12 +205,13 @@ class _Evaluation:
                 raise RuntimeError(f"{self.protocol.sim} counted {attempt.steps} steps; see sims/base.py")
         if reply.observation:
             attempt.instruction = reply.observation.instruction
-            if self._on_film(attempt):
+            if self.film.records(attempt.episode):
                 attempt.frames.append(reply.observation.images["main"])
+                attempt.frame_steps.append(attempt.steps)
         if not (attempt.outcome and attempt.outcome.done):
             attempt.observation = reply.observation
-        elif self._on_film(attempt) and reply.observation is None:
-            worker.send("observe")  # how it ended, for the film strip only
+        elif self._filmed(attempt, attempt.outcome) and reply.observation is None:
+            worker.send("observe")  # how it ended, for strips and videos only
         else:
             self._finish(attempt, attempt.outcome, bar)
             self._next(worker)
@@ -181,20 +229,22 @@ class _Evaluation:
         for (worker, attempt, _), chunk in zip(waiting, chunks, strict=True):
             attempt.timings["infer"] += seconds / len(waiting)
             attempt.observation = None
-            worker.send("execute", actions=self._executable(chunk), look=True)
+            worker.send("execute", actions=self._executable(attempt, chunk), look=True)
 
-    def _executable(self, chunk: ActionChunk) -> np.ndarray:
-        """The first ``protocol.execute`` actions (n, A) of a chunk."""
+    def _executable(self, attempt: Attempt, chunk: ActionChunk) -> np.ndarray:
+        """The next ``protocol.execute`` actions (n, A): the first of a chunk, or what the episode's chunks agree on."""
         if len(chunk.actions) < self.protocol.execute:
             raise UserError(
                 f"action chunks of {len(chunk.actions)}",
                 f"at least {self.protocol.execute}, which {self.protocol.name} executes of each",
                 "train with head.chunk as large, or evaluate under another protocol",
             )
-        actions = chunk.actions[: self.protocol.execute]
-        if not np.isfinite(actions).all():
+        if not np.isfinite(chunk.actions).all():
             raise UserError("a predicted action that is not finite", "finite actions", "look at the training's loss")
-        return actions
+        if self.protocol.ensemble is None:
+            return chunk.actions[: self.protocol.execute]
+        attempt.chunks.append((attempt.steps, chunk.actions))
+        return blend(attempt.chunks, attempt.steps, self.protocol.execute, self.protocol.ensemble)
 
     def _check_made(self, reply: Reply) -> None:
         convention = Convention.from_dict(reply.made["convention"])
@@ -235,8 +285,11 @@ class _Evaluation:
     def _finish(self, attempt: Attempt, outcome: StepOutcome, bar: tqdm) -> None:
         attempt.timings["wall"] = time.monotonic() - attempt.started
         result = self._store(attempt, outcome, bar)
-        if self._on_film(attempt) and self.strips:
-            write_strip(self.strips, attempt.frames, result)
+        if self.film.strips and self.film.wants_strip(attempt.episode):
+            write_strip(self.film.strips, attempt.frames, result)
+        if self.film.video_folder and self.film.wants_video(outcome.success):
+            hz = self.policy.convention.control_hz
+            write_video(self.film.video_folder, attempt.frames, attempt.frame_steps, result, hz)
 
     def _store(
         self, attempt: Attempt, outcome: StepOutcome | None, bar: tqdm, fault: str | None = None
@@ -266,5 +319,5 @@ class _Evaluation:
             bar.set_postfix_str(text + (f", {self.faults} faults" if self.faults else ""))
         return result
 
-    def _on_film(self, attempt: Attempt) -> bool:
-        return self.strips is not None and attempt.episode < self.num_strips
+    def _filmed(self, attempt: Attempt, outcome: StepOutcome) -> bool:
+        return self.film.wants_strip(attempt.episode) or self.film.wants_video(outcome.success)

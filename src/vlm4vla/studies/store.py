@@ -33,6 +33,8 @@ CREATE TABLE episodes (
     PRIMARY KEY (run_id, protocol, episode)
 ) STRICT;
 """
+PROTOCOLS = "CREATE TABLE IF NOT EXISTS protocols (name TEXT PRIMARY KEY, definition TEXT NOT NULL) STRICT"
+"""Not part of the first stores, and added where it is missing: older versions do not mind."""
 Status = Literal["planned", "training", "trained", "done", "failed"]
 COLUMNS = tuple(f.name for f in fields(EpisodeResult))
 JSON_COLUMNS = ("credits", "timings", "versions")
@@ -170,6 +172,29 @@ class Store:
             "SELECT count(success) FROM episodes WHERE run_id = ? AND protocol = ? AND episode < ?",
             (run_id, protocol, episodes),
         ).fetchone()[0]
+
+    # ----------------------------------------------------------------------------------------------------- protocols
+
+    def declare(self, protocol: str, definition: dict[str, Any]) -> None:
+        """Keep what a protocol's name means. Raises ``UserError`` where it meant something else here."""
+        text = json.dumps(definition, sort_keys=True)
+        with self._transaction():
+            self._db.execute(PROTOCOLS)
+            self._db.execute("INSERT OR IGNORE INTO protocols VALUES (?, ?)", (protocol, text))
+            kept = self._db.execute("SELECT definition FROM protocols WHERE name = ?", (protocol,)).fetchone()[0]
+        if kept != text:
+            raise UserError(
+                f"{protocol} as {text}",
+                f"what {self.path} was evaluated with: {kept}",
+                "name another file: --store FILE; or evaluate with the vlm4vla version that wrote it",
+            )
+
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """The protocols declared here by name."""
+        with self._transaction():
+            self._db.execute(PROTOCOLS)
+            rows = self._db.execute("SELECT name, definition FROM protocols ORDER BY name").fetchall()
+        return {name: json.loads(text) for name, text in rows}
 
     # ---------------------------------------------------------------------------------------------------------- runs
 
