@@ -27,7 +27,7 @@ from vlm4vla.spec import RunSpec
 from vlm4vla.studies import matrix
 
 COMMAND = [sys.executable, "-m", "vlm4vla.cli"]
-VERBS = ("demo", "data", "train", "eval", "study", "report", "sims", "doctor")
+VERBS = ("demo", "backbones", "data", "train", "eval", "study", "report", "sims", "doctor")
 BASE_INSTALL = """
 import sys
 class Block:

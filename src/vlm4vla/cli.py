@@ -14,6 +14,7 @@ import click
 
 from vlm4vla import __version__
 from vlm4vla.errors import UserError, mendable
+from vlm4vla.verbs.backbones import backbones
 from vlm4vla.verbs.data import data
 from vlm4vla.verbs.serve import serve
 from vlm4vla.verbs.shared import (
@@ -99,6 +100,7 @@ def vlm_score(folder: Path | None, work: Path, workers: int) -> None:
     next_step("vlm4vla demo")
 
 
+cli.add_command(backbones)
 cli.add_command(data)
 
 

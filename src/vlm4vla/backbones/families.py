@@ -40,8 +40,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family("Qwen2.5-VL", ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"), SYSTEM),
     "qwen3_vl": Family("Qwen3-VL", tuple(f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B")), SYSTEM),
     "qwen3_vl_moe": Family("Qwen3-VL-MoE", ("Qwen/Qwen3-VL-30B-A3B-Instruct",), SYSTEM),
-    "qwen3_5": Family("Qwen3.5"),
-    "qwen3_5_moe": Family("Qwen3.5-MoE"),
+    "qwen3_5": Family("Qwen3.5", ("Qwen/Qwen3.5-27B",)),
+    "qwen3_5_moe": Family("Qwen3.5-MoE", ("Qwen/Qwen3.5-35B-A3B",)),
     # Picture and prompt attend to each other in both directions (type 0), the query to both (type 1): a prefix LM.
     # Of type 0, the query would be seen by the prompt, and padding with it.
     "paligemma": Family(
@@ -52,16 +52,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "kosmos-2": Family("Kosmos-2", ("microsoft/kosmos-2-patch14-224",), plain="<p>{instruction}\n</p>", base_only=True),
     "internvl": Family("InternVL3.5", ("OpenGVLab/InternVL3_5-4B-HF",), SYSTEM, images={"crop_to_patches": False}),
-    "gemma3": Family("Gemma 3"),
-    "gemma4": Family("Gemma 4"),
-    "smolvlm": Family("SmolVLM2", images={"do_image_splitting": False}),
-    "idefics3": Family("Idefics3", images={"do_image_splitting": False}),
-    "llava": Family("LLaVA"),
-    "llava_onevision": Family("LLaVA-OneVision"),
-    "glm4v": Family("GLM-4.1V"),
-    "glm46v": Family("GLM-4.6V"),
-    "mistral3": Family("Mistral 3"),
-    "molmo2": Family("Molmo2", images={"max_crops": 1}),
+    "gemma3": Family("Gemma 3", ("google/gemma-3-4b-it",)),
+    "gemma4": Family("Gemma 4", ("google/gemma-4-E2B-it",)),
+    "smolvlm": Family("SmolVLM2", ("HuggingFaceTB/SmolVLM2-2.2B-Instruct",), images={"do_image_splitting": False}),
+    "idefics3": Family("Idefics3", ("HuggingFaceM4/Idefics3-8B-Llama3",), images={"do_image_splitting": False}),
+    "llava": Family("LLaVA", ("llava-hf/llava-1.5-7b-hf",)),
+    "llava_onevision": Family("LLaVA-OneVision", ("llava-hf/llava-onevision-qwen2-7b-ov-hf",)),
+    "glm4v": Family("GLM-4.1V", ("zai-org/GLM-4.1V-9B-Thinking",)),
+    "glm46v": Family("GLM-4.6V", ("zai-org/GLM-4.6V-Flash",)),
+    "mistral3": Family("Mistral 3", ("mistralai/Mistral-Small-3.1-24B-Instruct-2503",)),
+    "molmo2": Family("Molmo2", ("allenai/Molmo2-8B",), images={"max_crops": 1}),
 }
 """``model_type`` of the configuration -> row."""
 EMBEDDED = Family("the embedded VLM", ("tiny",), embedded=True)
@@ -78,3 +78,11 @@ def family(config: Any) -> Family:
 def hub_ids() -> list[str]:
     """All known models, the embedded one first."""
     return [name for row in (EMBEDDED, *FAMILIES.values()) for name in row.hub_ids]
+
+
+def known() -> str:
+    """A line for each known model: id, family, ``model_type``."""
+    rows = {"(shipped)": EMBEDDED, **FAMILIES}
+    lines = [(name, row.title, model_type) for model_type, row in rows.items() for name in row.hub_ids]
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    return "\n".join(f"{name:<{widths[0]}}  {title:<{widths[1]}}  {kind}" for name, title, kind in lines)

@@ -1,0 +1,134 @@
+"""Opening a backbone by name: what is wrong with it is said at once, with the next step."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from vlm4vla.backbones import tiny
+from vlm4vla.backbones.families import Family
+from vlm4vla.backbones.inputs import Inputs
+from vlm4vla.backbones.load import load_config, load_processor, load_vlm
+from vlm4vla.backbones.vlm import save_vlm
+from vlm4vla.cli import cli
+from vlm4vla.errors import UserError
+from vlm4vla.skills.questions import words
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vlm")
+    save_vlm(*tiny.build(["cat"], words(), 0), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-2b", "Qwen3-VL-2B-Instruct", "tinny"])
+def test_a_misspelt_name_is_told_the_nearest(name):
+    with pytest.raises(UserError, match=r"nearest: .*(Qwen/Qwen3-VL-2B-Instruct|tiny)"):
+        load_config(name)
+
+
+RESPONSE: Any = SimpleNamespace(headers={}, status_code=403, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (GatedRepoError("403", response=RESPONSE), "hf auth login"),
+        (RepositoryNotFoundError("404", response=RESPONSE), "nearest: .*Qwen/Qwen3-VL-2B-Instruct"),
+        (LocalEntryNotFoundError("offline"), "hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_answers_is_told_apart(error, says, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("transformers' own words") from error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=says):
+        load_config("Qwen/Qwen3-VL-2B-Instrukt")
+
+
+def test_a_text_only_model_is_no_backbone(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="takes no pictures"):
+        load_vlm(str(tmp_path))
+
+
+def test_a_family_newer_than_transformers_is_named(folder):
+    change(folder / "config.json", model_type="qwen9_vl")
+    with pytest.raises(UserError, match=r"does not know .*\n.*\n.*upgrade transformers"):
+        load_vlm(str(folder))
+
+
+def test_a_folder_without_a_processor_of_pictures_is_named(folder):
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(UserError, match="processor"):
+        load_processor(str(folder))
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.1." not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks 9 of its weights"):
+        load_vlm(str(folder))
+
+
+def test_a_template_without_a_picture_is_refused(folder):
+    processor = load_processor(str(folder))
+    processor.chat_template = "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}"
+    with pytest.raises(UserError, match="no place for a picture"):
+        Inputs(processor, Family("any"))
+    processor.chat_template = None
+    with pytest.raises(UserError, match="without a chat template"):
+        Inputs(processor, Family("any"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["backbones", *arguments])
+
+
+def test_list_show_and_check_on_the_command_line(folder):
+    assert "Qwen/Qwen2.5-VL-3B-Instruct" in run("list").output
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    shown = run("show", str(folder), "--image-size", "96")
+    assert shown.exit_code == 0, shown.exception
+    assert "36 of them the picture's" in shown.output
+    (folder / "elsewhere").rename(folder / "model.safetensors")
+    checked = run("check", str(folder), "--image-size", "96", "--forward-only", "--device", "cpu")
+    assert checked.exit_code == 0, checked.exception
+    assert checked.output.count("ok  ") == 7
+
+
+def test_a_backbone_that_keeps_a_promise_badly_fails_the_check(folder, monkeypatch):
+    """As a model would whose output depends on padding: the mask is left out."""
+    from vlm4vla.backbones import vlm
+
+    plain = vlm.Backbone.forward
+    monkeypatch.setattr(
+        vlm.Backbone,
+        "forward",
+        lambda self, inputs: plain(self, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}),
+    )
+    checked = run("check", str(folder), "--image-size", "96", "--forward-only", "--device", "cpu")
+    assert isinstance(checked.exception, UserError)
+    assert "padded left or right" in checked.exception.found
