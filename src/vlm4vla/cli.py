@@ -35,7 +35,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors", "num2words"), "train"),
     **dict.fromkeys(("mujoco", "gymnasium"), "grinningface"),
     **dict.fromkeys(("msgpack", "websockets"), "serve"),
-    **dict.fromkeys(("av", "huggingface_hub"), "data"),
+    **dict.fromkeys(("av", "google-crc32c", "h5py", "huggingface_hub"), "data"),
 }
 """What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -301,7 +301,8 @@ def main() -> None:
         click.echo(str(told), err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        module = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(module, EXTRAS.get(module.replace("_", "-")))
         if extra is None:
             raise
         mend = f"pip install 'vlm4vla[{extra}]'   (in the repository: make setup)"

@@ -36,7 +36,7 @@ class Film:
         height, width = size
         if height % 2 or width % 2:
             raise UserError(f"pictures of {height} x {width}", "even sides for video", "crop or resize them first")
-        self.path, self.fps, self.num_frames = path, fps, 0
+        self.path, self.fps, self.size, self.num_frames = path, fps, size, 0
         self._rate = Fraction(fps).limit_denominator(10_000)
         self._container = av.open(str(path), "w", format="mp4")
         self._stream: Any = self._container.add_stream(CODEC, rate=self._rate, options=OPTIONS)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,7 +12,7 @@ from vlm4vla.verbs.shared import FILE, FOLDER, Verbs, next_step, out_option, set
 
 @click.group(cls=Verbs)
 def data() -> None:
-    """Record demonstrations, look into a data set."""
+    """Record demonstrations, convert data sets, look into them."""
 
 
 @data.command("record")
@@ -31,6 +32,62 @@ def data_record(run: Path | None, out: Path, overrides: tuple[str, ...], workers
     click.echo(record(spec.data, out, workers, progress=sys.stderr.isatty()))
     arguments = [*([str(run)] if run else []), "--data", str(out), *with_set(overrides), "--out", "runs/mine"]
     next_step("vlm4vla data inspect {}; vlm4vla train " + " ".join(["{}"] * len(arguments)), out, *arguments)
+
+
+@data.group("convert", cls=Verbs)
+def data_convert() -> None:
+    """Convert raw data sets into LeRobotDataset v3; run again to resume."""
+
+
+def _convert(source: Any, out: Path, workers: int, drop_damaged: bool) -> None:
+    from vlm4vla.data.convert.base import convert
+
+    click.echo(convert(source, out, workers, sys.stderr.isatty(), drop_damaged))
+    next_step("vlm4vla data inspect {}", out)
+
+
+processes_option = click.option(
+    "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes."
+)
+drop_option = click.option("--drop-damaged", is_flag=True, help="Leave out what cannot be read, and list it.")
+
+
+@data_convert.command("calvin")
+@click.argument("source", metavar="SRC", type=FOLDER)
+@out_option
+@processes_option
+@drop_option
+def data_convert_calvin(source: Path, out: Path, workers: int, drop_damaged: bool) -> None:
+    """SRC: `training` or `validation` of a CALVIN data set; its annotated segments."""
+    from vlm4vla.data.convert.calvin import Calvin
+
+    _convert(Calvin(source), out, workers, drop_damaged)
+
+
+@data_convert.command("libero")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@out_option
+@click.option("--keep-noops", is_flag=True, help="Keep steps without motion.")
+@processes_option
+@drop_option
+def data_convert_libero(source: Path, out: Path, keep_noops: bool, workers: int, drop_damaged: bool) -> None:
+    """SRC: a folder of LIBERO's HDF5 files, or one of them."""
+    from vlm4vla.data.convert.libero import Libero
+
+    _convert(Libero(source, keep_noops), out, workers, drop_damaged)
+
+
+@data_convert.command("rlds")
+@click.argument("source", metavar="SRC", type=FOLDER)
+@out_option
+@click.option("--mapping", required=True, help="bridge, libero, or a YAML file (docs/data.md).")
+@processes_option
+@drop_option
+def data_convert_rlds(source: Path, out: Path, mapping: str, workers: int, drop_damaged: bool) -> None:
+    """SRC: a TFDS folder of *.tfrecord-* files in RLDS form."""
+    from vlm4vla.data.convert.rlds import Rlds, load_mapping
+
+    _convert(Rlds(source, load_mapping(mapping)), out, workers, drop_damaged)
 
 
 @data.command("inspect")

@@ -1,0 +1,116 @@
+"""LIBERO's HDF5 files (https://github.com/Lifelong-Robot-Learning/LIBERO), one a task.
+
+    data            attributes: problem_info (JSON with language_instruction)
+    data/demo_0     actions (T, 7); obs/{agentview_rgb, eye_in_hand_rgb} (T, 128, 128, 3), upside down;
+                    obs/{ee_pos (T, 3), ee_ori (T, 3), gripper_states (T, 2)}
+
+Pictures are turned by 180 degrees, as all published data sets and policies have them. Steps in which nothing happens
+are dropped by OpenVLA's rule. Its ``no_noops`` data sets are also rendered anew at 256 x 256 and without demonstrations
+whose replay fails: that needs the simulator, and is not done here. Raw gripper: -1 = open, 1 = closed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from vlm4vla.convention import LIBERO
+from vlm4vla.data.convert.base import Demonstration, Left
+from vlm4vla.errors import UserError
+
+CAMERAS = {"main": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
+STATES = ("ee_pos", "ee_ori", "gripper_states")
+NOOP = 1e-4
+"""Norm of the pose below which an action is none (OpenVLA's ``regenerate_libero_dataset.py``)."""
+DEMONSTRATIONS = 10
+"""In a shard: about 3,000 frames."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Libero:
+    """``path``: a folder of ``*.hdf5`` files, or one of them."""
+
+    path: Path
+    keep_noops: bool = False
+    convention = LIBERO
+
+    def identity(self) -> dict:
+        files = [[path.name, path.stat().st_size] for path in self._files()]
+        return {"source": "libero", "files": files, "keep_noops": self.keep_noops}
+
+    def shards(self) -> list[Shard]:
+        result = []
+        for path in self._files():
+            with _opened(path) as file:
+                names = sorted(file["data"], key=lambda name: int(name.removeprefix("demo_")))
+            result += [Shard(path, tuple(names[i : i + DEMONSTRATIONS])) for i in range(0, len(names), DEMONSTRATIONS)]
+        return result
+
+    def demonstrations(self, shard: Shard) -> Iterator[Demonstration | Left | UserError]:
+        with _opened(shard.path) as file:
+            task = instruction(file["data"].attrs["problem_info"])
+            for name in shard.names:
+                where = f"{shard.path}, {name}"
+                try:
+                    demo = file["data"][name]
+                    actions: np.ndarray = demo["actions"][:].astype(np.float64)
+                    keep = np.arange(len(actions)) if self.keep_noops else np.flatnonzero(moves(actions))
+                    images = {camera: demo["obs"][key][:][keep, ::-1, ::-1] for camera, key in CAMERAS.items()}
+                    states = np.concatenate([demo["obs"][key][:] for key in STATES], 1)[keep]
+                except (KeyError, OSError, IndexError) as error:
+                    yield _damaged(where, error)
+                    continue
+                if dropped := len(actions) - len(keep):
+                    yield Left("steps without motion", dropped)
+                if not np.isin(actions[:, 6], (-1, 1)).all():
+                    yield UserError(f"{where}: other gripper actions than -1 and 1", "LIBERO's", "copy the file again")
+                    continue
+                actions[:, 6] = actions[:, 6] < 0
+                yield Demonstration(where, images, actions[keep], states, task)
+
+    def _files(self) -> list[Path]:
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.hdf5"))
+        if not files:
+            raise UserError(f"no *.hdf5 in {self.path}", "LIBERO's demonstrations", "check the path")
+        return files
+
+
+def moves(actions: np.ndarray) -> np.ndarray:
+    """bool (T,): which of the raw actions (T, 7) move the arm, or the gripper against the last kept action."""
+    still = np.linalg.norm(actions[:, :6], axis=1) < NOOP
+    keep, gripper = np.ones(len(actions), bool), None
+    for step in np.arange(len(actions)):
+        if still[step] and (gripper is None or actions[step, 6] == gripper):
+            keep[step] = False
+        else:
+            gripper = actions[step, 6]
+    return keep
+
+
+def instruction(problem_info: str) -> str:
+    """The instruction in the attribute ``problem_info``, which holds it as text or in letters."""
+    return "".join(json.loads(problem_info)["language_instruction"]).strip().strip('"')
+
+
+def _opened(path: Path) -> Any:
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise _damaged(str(path), error) from error
+    if "data" not in file or "problem_info" not in file["data"].attrs:
+        raise _damaged(str(path), KeyError("data with the attribute problem_info"))
+    return file
+
+
+def _damaged(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: damaged or foreign ({error})", "a file of LIBERO's demonstrations", "download it again")
