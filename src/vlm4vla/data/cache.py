@@ -1,25 +1,33 @@
 """All pictures of a data set, decoded once into a memory-mapped array that training indexes. N frames."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.errors import UserError
 from vlm4vla.files import replacing
 
 
-def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
+def frames(dataset: Dataset, camera: str = "main", size: int | None = None) -> np.memmap:
     """uint8 (N, height, width, 3), read-only. The first call decodes into ``<folder>/.cache``; later ones only open it.
 
     The file's name holds the content hash, so pictures of changed data are never served; files of earlier contents are
     deleted.
 
+    Args:
+        size: resize to (size, size) once and for all, as ``resized`` does; None: as they are stored.
+
     Raises:
         UserError: no such camera, a damaged data set, or no place for the file.
     """
-    shape = (dataset.num_frames, *dataset.camera_size(camera), 3)
-    path = dataset.folder / ".cache" / f"{camera}-{dataset.content_hash[:16]}.npy"
+    stored = dataset.camera_size(camera)
+    size = None if stored == (size, size) else size
+    shape = (dataset.num_frames, *(stored if size is None else (size, size)), 3)
+    name = camera if size is None else f"{camera}-{size}"
+    path = dataset.folder / ".cache" / f"{name}-{dataset.content_hash[:16]}.npy"
     if not _holds(path, shape):
         try:
             path.parent.mkdir(exist_ok=True)
@@ -27,7 +35,7 @@ def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
                 # Ordinary writes: on a full disk they fail, where pages of a sparse memory map kill the process.
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for pictures in dataset.batches(camera):
+                for pictures in _pictures(dataset, camera, size):
                     file.write(pictures.data)
         except OSError as error:
             raise UserError(
@@ -35,10 +43,20 @@ def frames(dataset: Dataset, camera: str = "main") -> np.memmap:
                 f"{np.prod(shape) / 2**20:,.0f} MB for the decoded pictures beside the data set",
                 "free them, or copy the data set to another disk",
             ) from error
-        for old in path.parent.glob(f"{camera}-*.npy"):
+        for old in path.parent.glob(f"{name}-" + "[0-9a-f]" * 16 + ".npy"):
             if old != path:
                 old.unlink()
     return np.lib.format.open_memmap(path, "r")
+
+
+def resized(picture: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (height, width, 3) -> (size, size, 3), bicubic, the aspect ratio not kept (as VLM4VLA does)."""
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _pictures(dataset: Dataset, camera: str, size: int | None) -> Iterator[np.ndarray]:
+    for pictures in dataset.batches(camera):
+        yield pictures if size is None else np.stack([resized(picture, size) for picture in pictures])
 
 
 def _holds(path: Path, shape: tuple[int, ...]) -> bool:

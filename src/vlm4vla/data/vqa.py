@@ -1,0 +1,151 @@
+"""Vision-language data in the common conversation form (LLaVA, ShareGPT): JSON, or a JSON object a line.
+
+    {"image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                              {"from": "gpt", "value": "A cat."}]}
+
+Also ``"images": [...]`` and ``"messages": [{"role": "user", "content": ...}, ...]``. A file is indexed once by where
+each record lies; records and pictures are read when they are asked for, so that millions fit in little memory.
+"""
+
+import hashlib
+import json
+import mmap
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlm4vla.errors import UserError
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = re.compile(r"\s*<image>\s*")
+"""Where the picture stands in LLaVA's text; the model's own template puts it there."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One record."""
+
+    images: tuple[np.ndarray, ...]
+    """uint8 (height, width, 3) each; none for text alone."""
+    turns: tuple[tuple[str, str], ...]
+    """Role (system, user, assistant) and text, alternating, ending with the assistant."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """An opened file of N records."""
+
+    path: Path
+    images: Path
+    """Folder that the records' picture paths start from."""
+    bounds: np.ndarray
+    """int64 (N, 2): where each record begins and ends in the file, in bytes."""
+
+    @classmethod
+    def open(cls, path: Path | str, images: Path | str | None = None) -> "Conversations":
+        """Index a ``.json`` or ``.jsonl`` file; ``images`` defaults to the file's own folder.
+
+        Raises:
+            UserError: no such file, no JSON, or no record.
+        """
+        path = Path(path)
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError(f"no conversations in {path}", "a .json or .jsonl file", "check the path")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            is_list = bytes(content[:64]).lstrip()[:1] == b"["
+            bounds = _list_bounds(path, content) if is_list else _line_bounds(content)
+        if not len(bounds):
+            raise UserError(f"{path} without a record", "conversations", "check the file")
+        return cls(path, Path(images) if images else path.parent, bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the file; the pictures do not enter."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Read a record and its pictures.
+
+        Raises:
+            UserError: the record is not a conversation, or a picture is missing or damaged.
+        """
+        start, stop = self.bounds[index].tolist()
+        with self.path.open("rb") as file:
+            file.seek(start)
+            text = file.read(stop - start)
+        where = f"{self.path}, record {index}"
+        try:
+            record = json.loads(text)
+            said = record["conversations"] if "conversations" in record else record["messages"]
+            turns = tuple(_turn(turn) for turn in said)
+            named = record.get("images", record.get("image")) or []
+            names = [named] if isinstance(named, str) else list(named)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where}: no conversation ({error!r})", "see vlm4vla/data/vqa.py", "mend the file"
+            ) from error
+        spoken = [role for role, _ in turns if role != "system"]
+        if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+            raise UserError(f"{where}: the turns {spoken}", "user and assistant in turn", "mend the file")
+        return Conversation(tuple(self._picture(where, name) for name in names), turns)
+
+    def _picture(self, where: str, name: str) -> np.ndarray:
+        try:
+            return np.asarray(Image.open(self.images / name).convert("RGB"))
+        except OSError as error:
+            raise UserError(
+                f"{where}: {self.images / name} ({error})",
+                "a picture",
+                "name the pictures' folder, or fetch the picture",
+            ) from error
+
+
+def _turn(turn: dict) -> tuple[str, str]:
+    role, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
+    if isinstance(text, list):  # parts by type
+        text = "".join(part.get("text", "") for part in text)
+    return ROLES[role], PLACEHOLDER.sub("", text)
+
+
+def _line_bounds(content: mmap.mmap) -> np.ndarray:
+    """Where each line that is not empty begins and ends."""
+    text = np.frombuffer(content, np.uint8)
+    breaks = np.flatnonzero(text == ord("\n"))
+    del text  # an array on it would keep the map open
+    start, stop = np.r_[0, breaks + 1], np.r_[breaks, len(content)]
+    bounds = np.stack([start, stop], 1)
+    return bounds[[bool(content[a:b].strip()) for a, b in bounds.tolist()]].astype(np.int64)
+
+
+def _list_bounds(path: Path, content: mmap.mmap) -> np.ndarray:
+    """Where each object of a JSON list begins and ends, in one pass of the decoder."""
+    try:
+        text = content[:].decode()
+        decoder, at, bounds = json.JSONDecoder(), text.index("[") + 1, []
+        space = re.compile(r"[\s,]*")
+        while (at := space.match(text, at).end()) < len(text) and text[at] != "]":  # pyright: ignore[reportOptionalMemberAccess]
+            _, stop = decoder.raw_decode(text, at)
+            bounds.append((at, stop))
+            at = stop
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON ({error})", "a list of conversations", "mend the file") from error
+    if at >= len(text):
+        raise UserError(f"{path}: the list does not end", "a whole file", "copy it again")
+    characters = np.array(bounds, np.int64).reshape(-1, 2)
+    if text.isascii():
+        return characters
+    # From characters to bytes: bytes before each character.
+    flat, order = characters.ravel(), []
+    last, byte = 0, 0
+    for place in flat.tolist():
+        byte += len(text[last:place].encode())
+        last = place
+        order.append(byte)
+    return np.array(order, np.int64).reshape(-1, 2)

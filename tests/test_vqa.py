@@ -1,0 +1,111 @@
+"""Conversations about pictures, LLaVA's and ShareGPT's files."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlm4vla.data.vqa import Conversations
+from vlm4vla.errors import UserError
+
+LLAVA = {
+    "id": "1",
+    "image": "a/0.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWas ist das – ein Tier?"},
+        {"from": "gpt", "value": 'A "cat", {yes}.'},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ],
+}
+OPENAI = {
+    "images": ["a/0.png", "a/1.png"],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Compare."}]},
+        {"role": "assistant", "content": "Alike."},
+    ],
+}
+TEXT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        Image.new("RGB", (3 + i, 2), (i, 2, 3)).save(tmp_path / f"a/{i}.png")
+    return tmp_path
+
+
+def write(path, records, form):
+    if form == "list":
+        text = json.dumps(records, ensure_ascii=False)
+    elif form == "indented":
+        text = "\n" + json.dumps(records, indent=2)
+    else:
+        text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n\n"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("form", ["list", "indented", "lines"])
+def test_records_are_read(pictures, form):
+    data = Conversations.open(write(pictures / "data.json", [LLAVA, OPENAI, TEXT], form))
+    assert len(data) == 3
+    first, second, third = (data[i] for i in range(3))
+    assert first.turns[0] == ("user", "Was ist das – ein Tier?")
+    assert [role for role, _ in first.turns] == ["user", "assistant"] * 2
+    assert first.turns[1][1] == 'A "cat", {yes}.'
+    assert [image.shape for image in second.images] == [(2, 3, 3), (2, 4, 3)]
+    assert second.turns == (("system", "Be brief."), ("user", "Compare."), ("assistant", "Alike."))
+    assert (second.images[1] == np.array([1, 2, 3])).all()
+    assert third.images == ()
+    assert data[2] == third
+
+
+@given(st.lists(st.text(), min_size=1, max_size=6), st.booleans())
+def test_any_text_comes_back(tmp_path_factory, texts, as_list):
+    turns = [[{"from": "human", "value": "?"}, {"from": "gpt", "value": text}] for text in texts]
+    path = tmp_path_factory.mktemp("text") / "data.json"
+    records = [{"conversations": each} for each in turns]
+    text = json.dumps(records, ensure_ascii=False) if as_list else "\n".join(json.dumps(r) for r in records)
+    path.write_bytes(text.encode("utf-8", "surrogatepass") if text.isprintable() else json.dumps(records).encode())
+    data = Conversations.open(path)
+    assert len(data) == len(texts)
+    for i, text in enumerate(texts):
+        assert "<image>" in text or data[i].turns[1][1] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no conversations"),
+        ("[]", "without a record"),
+        ("\n\n", "without a record"),
+        ('[{"a": 1}, {"b"', "no JSON"),
+        ('[{"a": 1}', "does not end"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, text, message):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        Conversations.open(path)
+
+
+def test_broken_records_are_named(pictures):
+    missing = {**LLAVA, "image": "a/9.png"}
+    alone = {"conversations": LLAVA["conversations"][:1]}
+    foreign = {"conversations": [{"from": "dog", "value": "wuff"}]}
+    records = [missing, alone, foreign, {"text": "x"}]
+    path = write(pictures / "data.jsonl", records, "lines")
+    path.write_text(path.read_text() + "no json\n")
+    data = Conversations.open(path)
+    for i, message in enumerate((r"a/9\.png", "turns", "no conversation", "no conversation", "no conversation")):
+        with pytest.raises(UserError, match=rf"(?s)record {i}.*{message}"):
+            data[i]
+    with pytest.raises(UserError, match=r"no conversations in"):
+        Conversations.open(pictures / "nothing.json")
