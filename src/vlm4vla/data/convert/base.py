@@ -157,8 +157,7 @@ def _make_shards(source: Source, folder: Path, workers: int, progress: bool, dro
 
 def _make_shard(source: Source, shard: Any, folder: Path, drop_damaged: bool) -> int:
     """Convert one shard (in a process of its own); returns its frames."""
-    partial = folder.with_name(f".{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir()
     episodes: list[Episode] = []
     left: Counter[str] = Counter()
