@@ -95,3 +95,17 @@ def test_a_family_without_a_row_goes_the_common_way():
 
     row = family(Unknown())
     assert (row.title, row.system, row.plain, dict(row.images)) == ("brand_new", None, None, {})
+
+
+def test_upsampling_as_in_the_release_is_a_named_choice():
+    images = np.zeros((1, 224, 224, 3), np.uint8)
+    counts = []
+    for compat in ((), ("upsample_448",)):
+        vlm, processor = tiny_families.draw("qwen2_5_vl")
+        processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 1 << 20}  # as the released models
+        backbone = Backbone(vlm, processor, compat)
+        inputs = backbone.encode(images, ["push"])
+        assert inputs["images"].shape == images.shape
+        counts.append(int((inputs["input_ids"] == vlm.config.image_token_id).sum()))
+        assert backbone(inputs).isfinite().all()
+    assert counts == [64, 256]

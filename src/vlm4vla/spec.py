@@ -25,6 +25,8 @@ class Strict(BaseModel):
 
 Treatment = Literal["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "freeze_vlm", "scratch"]
 
+Compat = Literal["upsample_448"]
+
 
 def later(default: Any, **constraints: Any) -> Any:
     """A field that later versions brought: while it has its default it is left out of dumps, so that a run keeps its
@@ -112,6 +114,8 @@ class RunSpec(Strict):
     training: TrainSpec = TrainSpec()
     proprioception: bool = False
     """Give the head the robot's state as well. The paper gives it nothing but one camera and the instruction."""
+    compat: tuple[Compat, ...] = later(())
+    """Behaviour of VLM4VLA's release to be reproduced, by name (docs/deviations.md)."""
     seed: int = Field(default=0, ge=0)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_backends import TorchvisionBackend
@@ -19,6 +20,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import QUESTION, Family
 from vlm4vla.errors import UserError
+from vlm4vla.spec import Compat
 
 Processor = Any
 """A transformers processor; their call signatures are only known at run time."""
@@ -39,9 +41,11 @@ def prompt(processor: Processor, text: str, system: str | None = None, image: bo
 class Inputs:
     """Makes a VLM's inputs, with one more position for the action query right after each prompt."""
 
-    def __init__(self, processor: Processor, family: Family):
+    def __init__(self, processor: Processor, family: Family, compat: Sequence[Compat] = ()):
         """Raises: UserError: there is no way to put a picture into the prompt."""
         self.processor, self.family = processor, family
+        # VLM4VLA's release enlarges what Qwen and InternVL see, so that its 224 px become 256 visual tokens.
+        self.side = 448 if "upsample_448" in compat else None
         self.rows = lru_cache(INSTRUCTIONS_KEPT)(self._row)
         self.image_names: frozenset[str] = frozenset()
         self.image_options: dict[str, Any] = {}
@@ -70,6 +74,7 @@ class Inputs:
 
     def tokens(self, instructions: Sequence[str], height: int, width: int) -> dict[str, Tensor]:
         """Token ids, mask and types (B, L) for pictures of this size, right-padded, and ``query_position`` (B,)."""
+        height, width = (self.side or height, self.side or width)
         rows = [self.rows(instruction, height, width) for instruction in instructions]
         pad = {"input_ids": self.processor.tokenizer.pad_token_id}
         batch = {
@@ -80,6 +85,10 @@ class Inputs:
 
     def pixels(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, H, W, 3) on any device -> the model's picture inputs on that device."""
+        if self.side:
+            pictures = images.permute(0, 3, 1, 2).float()
+            enlarged = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True)
+            images = enlarged.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         if self.family.embedded and images.shape[1:3] == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE):
             return {"pixel_values": tiny.pixels(images)}
         self.rows("", *images.shape[1:3])  # finds out how the processor prepares pictures

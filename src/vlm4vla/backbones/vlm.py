@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from vlm4vla.backbones.families import family
 from vlm4vla.backbones.inputs import Inputs, Processor
+from vlm4vla.spec import Compat
 
 # One bar a job is enough: ours.
 logging.disable_progress_bar()
@@ -36,11 +37,11 @@ class Backbone(nn.Module):
         query: (D,) the action query, zero at first as in VLM4VLA's release.
     """
 
-    def __init__(self, vlm: PreTrainedModel, processor: Processor):
+    def __init__(self, vlm: PreTrainedModel, processor: Processor, compat: Sequence[Compat] = ()):
         super().__init__()
         self.vlm = vlm
         self.processor = processor
-        self.inputs = Inputs(processor, family(vlm.config))
+        self.inputs = Inputs(processor, family(vlm.config), compat)
         self.hidden_size: int = vlm.config.get_text_config().hidden_size
         self.query = nn.Parameter(torch.zeros(self.hidden_size))
         embeddings = vlm.get_input_embeddings()
