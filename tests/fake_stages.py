@@ -104,9 +104,10 @@ def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
 
     for name, members in {
         "vlm4vla.backbones.load": {"load_vlm": load_vlm},
+        "vlm4vla.backbones.vlm": {"parameters_hash": lambda vlm: vlm},
         "vlm4vla.data.lerobot": {"Dataset": Dataset},
         "vlm4vla.data.record": {"record": record},
-        "vlm4vla.training.imitation": {"train": train, "weights_hash": lambda vlm: vlm},
+        "vlm4vla.training.imitation": {"train": train},
         "vlm4vla.policy": {"Policy": Policy},
         "torch": {"set_num_threads": lambda threads: None},
     }.items():

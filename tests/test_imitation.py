@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fake_sim import CONVENTION
 from vlm4vla.arguments import trained_on, with_set
 from vlm4vla.backbones import tiny
-from vlm4vla.backbones.vlm import save_vlm
+from vlm4vla.backbones.vlm import parameters_hash, save_vlm
 from vlm4vla.cli import cli
 from vlm4vla.data.record import recording
 from vlm4vla.data.write import Episode, write
@@ -18,7 +18,7 @@ from vlm4vla.errors import UserError
 from vlm4vla.policy import Policy
 from vlm4vla.skills.questions import words
 from vlm4vla.spec import DataSpec, RunSpec, Runtime, TrainSpec
-from vlm4vla.training.imitation import train, weights_hash
+from vlm4vla.training.imitation import train
 
 QUIET = Runtime(device="cpu", progress=False)
 
@@ -98,5 +98,5 @@ def test_the_hash_of_weights_tells_values_and_names_apart_whatever_their_shape()
         return made
 
     scalars = [module("scale", 1.0), module("scale", 2.0), module("other", 1.0), module("scale", [1.0, 2.0])]
-    assert len({weights_hash(each) for each in scalars}) == 4
-    assert weights_hash(scalars[0]) == weights_hash(module("scale", 1.0))
+    assert len({parameters_hash(each) for each in scalars}) == 4
+    assert parameters_hash(scalars[0]) == parameters_hash(module("scale", 1.0))

@@ -78,7 +78,7 @@ def test_the_same_run_is_one_cell(write):
         ("{steps: 300,", "{stepz: 300,", r"training.stepz \(nearest: training.steps"),
         ("set: {training.steps", "set: {training.step", "nearest: training.steps"),
         ("when: {treatment: scratch}", "when: {treatmen: scratch}", "nearest: treatment"),
-        ("scratch]", "skratch]", "treatment: Input should be.*found 'skratch'"),
+        ("scratch]", "skratch]", "treatment: no treatment of that name.*found 'skratch'"),
         ("seed: [0, 1]", "seed: []", "no value for seed"),
         ("evaluate:", "evaluation:", r"unknown key \(nearest: evaluate\)"),
         ("fake/b/v1", "other/b/v1", "no protocol 'other/b/v1'"),
@@ -86,7 +86,7 @@ def test_the_same_run_is_one_cell(write):
         ("name: place", "name: ''", "at least 1 character"),
         ("matrix:", "matrix: [", "not YAML"),
         ("when: {treatment: scratch}", "when: {treatment: freeze_llm}", "no cell for the override.*freeze_llm"),
-        ("when: {treatment: scratch}", "when: {treatment: scrach}", "`when`: treatment: Input should be"),
+        ("when: {treatment: scratch}", "when: {treatment: scrach}", "`when`: treatment: no treatment of that name"),
     ],
 )
 def test_mistakes_name_what_was_meant(write, old, new, message):

@@ -16,6 +16,7 @@ from vlm4vla import __version__
 from vlm4vla.errors import UserError, mendable
 from vlm4vla.verbs.backbones import backbones
 from vlm4vla.verbs.data import data
+from vlm4vla.verbs.policy import policy
 from vlm4vla.verbs.serve import serve
 from vlm4vla.verbs.shared import (
     FILE,
@@ -32,7 +33,9 @@ from vlm4vla.verbs.shared import (
 from vlm4vla.verbs.sims import sims
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "torchvision", "transformers", "accelerate", "safetensors", "num2words"), "train"),
+    **dict.fromkeys(
+        ("torch", "torchvision", "transformers", "accelerate", "peft", "safetensors", "num2words"), "train"
+    ),
     **dict.fromkeys(("mujoco", "gymnasium"), "grinningface"),
     **dict.fromkeys(("msgpack", "websockets"), "serve"),
     **dict.fromkeys(("av", "google-crc32c", "h5py", "huggingface_hub"), "data"),
@@ -145,8 +148,11 @@ def train(
     next_step("vlm4vla eval {} --protocol {}", out / "policy", protocol or "NAME")
 
 
+cli.add_command(policy)
+
+
 @cli.command("eval")
-@click.argument("policy", type=FOLDER)
+@click.argument("folder", metavar="POLICY", type=FOLDER)
 @click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims protocols.")
 @click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--store", "store_path", type=FILE, help="SQLite file of results. [default: eval.sqlite beside POLICY]")
@@ -164,7 +170,7 @@ def train(
 @workers_option
 @device_option
 def evaluate(
-    policy: Path,
+    folder: Path,
     protocols: tuple[str, ...],
     episodes: int,
     store_path: Path | None,
@@ -174,20 +180,25 @@ def evaluate(
     workers: int,
     device: str,
 ) -> None:
-    """Judge a policy folder in closed loop; finished episodes are kept, run again to resume."""
+    """Judge POLICY, a folder or hub:OWNER/NAME, in closed loop; finished episodes are kept, run again to resume."""
     from vlm4vla.sims.protocols import protocol
 
     wanted = [protocol(name) for name in protocols]  # a misspelt one is found before anything is loaded
+    from vlm4vla import hub
     from vlm4vla.evaluation.rollout import evaluate as roll_out
     from vlm4vla.policy import Policy, weights_hash
     from vlm4vla.studies.stats import summarise
     from vlm4vla.studies.store import Store
 
-    loaded = Policy.load(policy, device)
-    store_path = store_path or policy.parent / "eval.sqlite"
+    beside = folder.parent
+    if str(folder).startswith(hub.PREFIX):
+        beside, folder = Path("runs") / folder.name, hub.fetch(str(folder))  # results do not go into the hub's cache
+        beside.mkdir(parents=True, exist_ok=True)
+    loaded = Policy.load(folder, device)
+    store_path = store_path or beside / "eval.sqlite"
     # A run has several policies (policies/step-*), and may be trained again: its id alone does not say which is judged.
-    step = f"@{policy.resolve().name}" if policy.resolve().name.startswith("step-") else ""
-    run_id = f"{loaded.spec.run_id}{step}-{weights_hash(policy)}"
+    step = f"@{folder.resolve().name}" if folder.resolve().name.startswith("step-") else ""
+    run_id = f"{loaded.spec.run_id}{step}-{weights_hash(folder)}"
     with Store(store_path) as store:
         for each in wanted:
             results = roll_out(
@@ -199,15 +210,15 @@ def evaluate(
                 image_size=loaded.image_size,
                 workers=workers,
                 progress=sys.stderr.isatty(),
-                strips=policy.parent / "strips",
+                strips=beside / "strips",
                 num_strips=strips,
                 sim_python=sim_python,
                 videos=video,
-                video_folder=policy.parent / "videos",
+                video_folder=beside / "videos",
             )
             rate = summarise(results)
             click.echo(f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else ""))
-    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", policy.parent / "strips")
+    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", beside / "strips")
 
 
 cli.add_command(serve)

@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written under another name, synced, renamed."""
+"""Files and folders that are whole or absent: written under another name, synced, renamed."""
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,21 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary empty folder that takes the place of ``path`` when the block ends well."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for written in partial.rglob("*"):
+        if written.is_file():
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:

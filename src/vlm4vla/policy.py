@@ -1,7 +1,9 @@
 """VLM -> VLA: backbone + action query + head; and the policy folder that opens alone. B batch, H chunk, A action.
 
 Native units outside, normalised inside. A policy folder holds ``policy.json`` (spec, statistics, convention, versions),
-``action.safetensors`` (query and head) and ``vlm/`` (a plain transformers folder with its processor).
+``action.safetensors`` (query and head) and ``vlm/`` (a plain transformers folder with its processor). Where a treatment
+has adapters, ``adapter/`` takes the place of ``vlm/``: peft's files, and ``beside.safetensors`` with what else was
+trained in the VLM; such a folder needs the VLM that it was trained on, whose weights are compared by their hash.
 """
 
 import hashlib
@@ -19,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlm4vla import __version__
+from vlm4vla import __version__, hub
+from vlm4vla.backbones import adapters, treatments
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_vlm
-from vlm4vla.backbones.vlm import Backbone, save_vlm
+from vlm4vla.backbones.vlm import Backbone, auto_class, parameters_hash, save_vlm
 from vlm4vla.convention import Convention
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
@@ -31,6 +34,9 @@ from vlm4vla.spec import RunSpec, parse
 from vlm4vla.types import ActionChunk, Observation
 
 FORMAT = 1
+ACTION, ADAPTER, BESIDE = "action.safetensors", "adapter", "beside.safetensors"
+VLM = "backbone.vlm."
+"""Where a ``VLA`` keeps the VLM: the prefix of its parameters' names."""
 
 
 class VLA(nn.Module):
@@ -49,7 +55,7 @@ class VLA(nn.Module):
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """What the VLM did not have: query and head."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("backbone.vlm.")}
+        return {name: p for name, p in self.named_parameters() if not name.startswith(VLM)}
 
 
 class Policy:
@@ -114,9 +120,16 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the policy folder (into an empty one; the caller makes it appear whole)."""
-        save_vlm(self.vla.backbone.vlm, self.vla.backbone.processor, folder / "vlm")
-        action = {name: p.detach().cpu().contiguous() for name, p in self.vla.new_parameters().items()}
-        save_file(action, folder / "action.safetensors")
+        state = self.vla.state_dict()
+        vlm_state = {name.removeprefix(VLM): value for name, value in state.items() if name.startswith(VLM)}
+        _save_tensors(folder / ACTION, {name: state[name] for name in self.vla.new_parameters()})
+        vlm = self.vla.backbone.vlm
+        if adapters.present(vlm):
+            adapters.save(vlm, vlm_state, folder / ADAPTER)
+            names = treatments.overwritten(vlm, self.spec.treated)
+            _save_tensors(folder / ADAPTER / BESIDE, {name: vlm_state[name] for name in names})
+        else:
+            save_vlm(vlm, self.vla.backbone.processor, folder / "vlm", vlm_state)
         values = {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
@@ -129,14 +142,21 @@ class Policy:
         }
         (folder / "policy.json").write_text(json.dumps(values, indent=2))
 
+    def merge(self) -> None:
+        """Add what adapters add to the weights below them: ``save`` then writes a whole VLM. Equal up to rounding."""
+        vlm = self.vla.backbone.vlm
+        whole = auto_class(vlm.config).from_config(vlm.config, dtype=vlm.dtype).to(self.device)
+        whole.load_state_dict(adapters.merged(vlm))
+        self.vla.backbone.vlm = whole.eval()
+
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> "Policy":
-        """Open a policy folder; nothing else is needed, and nothing is unpickled.
+        """Open a policy folder, or ``hub:owner/name``; nothing else is needed, and nothing is unpickled.
 
         Raises:
             UserError: not a policy folder, a damaged one, or one of another format.
         """
-        folder = Path(folder)
+        folder = hub.fetch(str(folder)) if str(folder).startswith(hub.PREFIX) else Path(folder)
         path = folder / "policy.json"
         if not path.is_file():
             raise UserError(f"no {path}", "a policy folder", "train one: vlm4vla train --help")
@@ -157,12 +177,15 @@ class Policy:
             state_size, image_size, card = (values[name] for name in ("state_size", "image_size", "card"))
         except (KeyError, TypeError, UserError) as error:
             raise _damaged(path, error) from error
-        try:
-            vlm, processor = load_vlm(str(folder / "vlm"))
-        except UserError as error:
-            raise _damaged(folder / "vlm", error) from error
+        if (folder / ADAPTER).is_dir():
+            vlm, processor = _adapted(spec, folder / ADAPTER, card)
+        else:
+            try:
+                vlm, processor = load_vlm(str(folder / "vlm"))
+            except UserError as error:
+                raise _damaged(folder / "vlm", error) from error
         vla = VLA(vlm, processor, spec, state_size)
-        path = folder / "action.safetensors"
+        path = folder / ACTION
         try:
             action = load_file(path)
             if action.keys() != vla.new_parameters().keys():
@@ -171,6 +194,30 @@ class Policy:
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: other shapes
             raise _damaged(path, error) from error
         return cls(vla.to(torch_device(device)).eval(), spec, convention, actions, state, image_size, card)
+
+
+def _adapted(spec: RunSpec, folder: Path, card: dict) -> tuple[PreTrainedModel, Processor]:
+    """The VLM that a policy's adapters were trained on, with the adapters and whatever else was trained in it."""
+    vlm, processor = load_vlm(spec.backbone)
+    if (found := parameters_hash(vlm)) != card["backbone_hash"]:
+        raise UserError(
+            f"other weights in the backbone {spec.backbone!r} (hash {found}) than the adapters in {folder} sit on",
+            f"the weights with the hash {card['backbone_hash']}",
+            "get those, or where they are make a policy that needs none: vlm4vla policy merge --help",
+        )
+    try:
+        adapters.load(vlm, folder)
+        beside = load_file(folder / BESIDE)
+        if beside.keys() != set(treatments.overwritten(vlm, spec.treated)):
+            raise ValueError(f"{BESIDE} holds {len(beside)} tensors of another treatment")
+        vlm.load_state_dict(beside, strict=False)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise _damaged(folder, error) from error
+    return vlm, processor
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -199,7 +246,7 @@ def torch_device(name: str) -> torch.device:
 def weights_hash(folder: Path) -> str:
     """10 hex digits of the SHA-256 over a policy folder's weights files."""
     digest = hashlib.sha256()
-    for path in [folder / "action.safetensors", *sorted((folder / "vlm").glob("*.safetensors"))]:
+    for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:10]

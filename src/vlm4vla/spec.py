@@ -7,10 +7,20 @@ rerunning the same spec on another machine resumes the same run instead of start
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from vlm4vla.errors import UserError, nearest
 
@@ -22,8 +32,6 @@ Mode = Literal["quantile", "min_max", "mean_std", "fixed", "none"]
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-Treatment = Literal["full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "freeze_vlm", "scratch"]
 
 Compat = Literal["upsample_448"]
 
@@ -103,12 +111,113 @@ class TrainSpec(Strict):
     """Policies kept, equally spaced over training (the last one is the result): success over training steps."""
 
 
+class GroupSpec(Strict):
+    """What happens to one group of a VLM's parameters. ``frozen`` alone is short for ``{mode: frozen}``."""
+
+    mode: Literal["trained", "frozen", "lora", "scratch"] = "trained"
+    """``lora``: frozen, with low-rank adapters beside it that are trained. ``scratch``: drawn anew, then trained."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak of this group's own. Without one: ``training.learning_rate``, times ``training.vlm_lr_scale`` where the
+    parameters come from the VLM (adapters and new draws do not)."""
+    rank: int | None = Field(default=None, ge=1)
+    """Of the adapters; 32 where none is given, as in OpenVLA's fine-tuning."""
+    alpha: int | None = Field(default=None, ge=1)
+    """The adapters' output is scaled by alpha / rank; 16 where none is given, as in OpenVLA's fine-tuning."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers that get an adapter, by the last part of their name (``q_proj``); without any: all of the group."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_mode(cls, values: Any) -> Any:
+        values = {"mode": values} if isinstance(values, str) else values
+        if not isinstance(values, dict):
+            return values  # pydantic says what is wrong with it
+        if values.get("mode") == "lora":
+            return {"rank": 32, "alpha": 16, **{name: value for name, value in values.items() if value is not None}}
+        if given := [name for name in ("rank", "alpha", "targets") if values.get(name) is not None]:
+            raise ValueError(f"{', '.join(given)} given, which mode lora has and no other")
+        if values.get("mode") == "frozen" and values.get("learning_rate") is not None:
+            raise ValueError("a learning rate for frozen parameters")
+        return values
+
+
+class HeadGroupSpec(Strict):
+    """What happens to the action query and the head, which are always new."""
+
+    mode: Literal["trained", "frozen"] = "trained"
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak of their own; without one, ``training.learning_rate``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_mode(cls, values: Any) -> Any:
+        return {"mode": values} if isinstance(values, str) else values
+
+
+VLM_GROUPS = ("vision", "projector", "llm", "word_embedding")
+
+
+class TreatmentSpec(Strict):
+    """Which parameters are trained, kept, adapted or drawn anew, by group (``backbones/treatments.py``)."""
+
+    name: str = Field(default="composed", pattern="^[a-z0-9_]+$")
+    """What run ids and reports call it."""
+    vision: GroupSpec = GroupSpec()
+    projector: GroupSpec = GroupSpec()
+    llm: GroupSpec = GroupSpec()
+    word_embedding: GroupSpec = GroupSpec()
+    head: HeadGroupSpec = HeadGroupSpec()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TreatmentSpec":
+        if self.word_embedding.mode == "lora":
+            raise ValueError("adapters are for linear layers: train or freeze word_embedding")
+        if self.name in TREATMENTS and self != TREATMENTS[self.name]:
+            raise ValueError(f"{self.name!r} is the name of another treatment")
+        return self
+
+    def groups(self) -> dict[str, GroupSpec]:
+        """The VLM's, without the head's."""
+        return {name: getattr(self, name) for name in VLM_GROUPS}
+
+
+TREATMENTS: dict[str, TreatmentSpec] = {}
+"""The named ones. ``freeze_vlm`` trains query and head only; ``lora`` has adapters on every linear layer of the VLM."""
+for _name, _groups in {
+    "full": {},
+    "freeze_vision": {"vision": "frozen"},
+    "freeze_word_embedding": {"word_embedding": "frozen"},
+    "freeze_llm": {"llm": "frozen"},
+    "freeze_vlm": dict.fromkeys(VLM_GROUPS, "frozen"),
+    "lora": {"vision": "lora", "projector": "lora", "llm": "lora", "word_embedding": "frozen"},
+    "scratch": dict.fromkeys(VLM_GROUPS, "scratch"),
+    "scratch_vision": {"vision": "scratch"},
+}.items():
+    TREATMENTS[_name] = TreatmentSpec.model_validate({"name": _name, **_groups})
+
+
+def _known_treatment(name: Any) -> Any:
+    if name not in TREATMENTS:
+        known = nearest(str(name), list(TREATMENTS))
+        raise PydanticCustomError("treatment", "no treatment of that name (nearest: {known})", {"known": known})
+    return name
+
+
+NAMED, COMPOSED = "named", "composed"
+Treatment = Annotated[
+    Annotated[str, BeforeValidator(_known_treatment), Tag(NAMED)] | Annotated[TreatmentSpec, Tag(COMPOSED)],
+    Discriminator(lambda value: COMPOSED if isinstance(value, dict | TreatmentSpec) else NAMED),
+]
+"""One of ``TREATMENTS``, or the groups of a ``TreatmentSpec``."""
+
+
 class RunSpec(Strict):
     """One policy: a backbone under a treatment, trained on data with a seed."""
 
     backbone: str = "tiny"
     """``tiny`` (the embedded VLM), a local folder, or a hub id of an image-text-to-text model."""
     treatment: Treatment = "full"
+    """A name, or ``{name: ..., vision: frozen, llm: {mode: lora, rank: 8}, ...}``: groups left out are trained."""
     head: HeadSpec = HeadSpec()
     data: DataSpec = DataSpec()
     training: TrainSpec = TrainSpec()
@@ -121,7 +230,12 @@ class RunSpec(Strict):
     @property
     def run_id(self) -> str:
         """``<treatment>-s<seed>-<10 hex digits of the content hash>``."""
-        return f"{self.treatment}-s{self.seed}-{content_hash(self.model_dump(mode='json'))}"
+        return f"{self.treated.name}-s{self.seed}-{content_hash(self.model_dump(mode='json'))}"
+
+    @property
+    def treated(self) -> TreatmentSpec:
+        """The treatment in full, named or composed."""
+        return TREATMENTS[self.treatment] if isinstance(self.treatment, str) else self.treatment
 
 
 class EvalSpec(Strict):
@@ -174,13 +288,14 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"]) or "(top level)"
+            place = [part for part in item["loc"] if part not in (NAMED, COMPOSED)]  # a union's tags are no keys
+            where = ".".join(map(str, place)) or "(top level)"
             if item["type"] == "extra_forbidden":
-                *sections, key = item["loc"]
+                *sections, key = place
                 section: Any = model
                 for name in sections:
                     field = getattr(section, "model_fields", {}).get(name)
-                    section = field.annotation if field else None
+                    section = _section(field.annotation) if field else None
                 known = list(getattr(section, "model_fields", {}))
                 hint = f" (nearest: {nearest(str(key), known)})" if known else ""
                 problems.append(f"{where}: unknown key{hint}")
@@ -191,3 +306,10 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
             f"the keys of {model.__name__} in src/vlm4vla/spec.py",
             f"mend {source}",
         ) from error
+
+
+def _section(annotation: Any) -> Any:
+    """The model in a field's annotation, also where it is one of a union's."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)

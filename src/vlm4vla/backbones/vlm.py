@@ -6,7 +6,8 @@ its LM head is never run. Placed by position and not by a reserved id, because i
 is a real token. What differs between families is a row in ``backbones.families``.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,7 +88,18 @@ class Backbone(nn.Module):
             handle.remove()
 
 
-def save_vlm(vlm: PreTrainedModel, processor: Processor, folder: Path) -> None:
-    """A folder that plain transformers opens."""
-    vlm.save_pretrained(folder)
+def save_vlm(
+    vlm: PreTrainedModel, processor: Processor, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """A folder that plain transformers opens; ``state`` takes the place of the VLM's own weights."""
+    vlm.save_pretrained(folder, state_dict=None if state is None else dict(state))
     processor.save_pretrained(folder)
+
+
+def parameters_hash(vlm: nn.Module) -> str:
+    """10 hex digits of the SHA-256 over names and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(vlm.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]

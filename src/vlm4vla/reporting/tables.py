@@ -204,7 +204,7 @@ def label(cell: matrix.Cell) -> str:
     Keys in full: ``data.seed=0`` must not read as the training seed.
     """
     others = {key: value for key, value in cell.labels.items() if key not in ("treatment", "seed")}
-    return ", ".join([cell.run.treatment, *(f"{key}={value}" for key, value in others.items())])
+    return ", ".join([cell.run.treated.name, *(f"{key}={value}" for key, value in others.items())])
 
 
 def chance(name: str) -> float | None:

@@ -189,10 +189,10 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
     if not trained:
         return
     from vlm4vla.backbones.load import load_vlm
+    from vlm4vla.backbones.vlm import parameters_hash
     from vlm4vla.data.lerobot import Dataset
-    from vlm4vla.training.imitation import weights_hash
 
-    backbones = {name: weights_hash(load_vlm(name)[0]) for name in {cell.run.backbone for cell in trained}}
+    backbones = {name: parameters_hash(load_vlm(name)[0]) for name in {cell.run.backbone for cell in trained}}
     targets = {data_folder(cell.run.data, folder) for cell in trained}
     data = {target: Dataset.open(target).content_hash for target in targets if target.is_dir()}
     for cell in trained:

@@ -1,6 +1,5 @@
 """Imitation learning of a policy: the objective behind ``vlm4vla train``."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_vlm
+from vlm4vla.backbones.vlm import parameters_hash
 from vlm4vla.data.augment import jitter_and_shift
 from vlm4vla.data.cache import frames
 from vlm4vla.data.lerobot import Dataset
@@ -32,14 +32,13 @@ class Imitation:
         self.frames = frames(dataset)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        new = set(map(id, self.vla.new_parameters().values()))
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        scale = 1.0 if self.spec.treatment == "scratch" else self.spec.training.vlm_lr_scale
-        groups = [
-            {"params": [p for p in trained if id(p) in new], "lr_scale": 1.0},
-            {"params": [p for p in trained if id(p) not in new], "lr_scale": scale},
+        vlm = self.vla.backbone.vlm
+        groups = {"head": self.vla.new_parameters(), **treatments.groups(vlm)}
+        scales = treatments.lr_scales(vlm, self.spec.treated, self.spec.training)
+        return [
+            {"params": [p for p in groups[name].values() if p.requires_grad], "lr_scale": scale}
+            for name, scale in scales.items()
         ]
-        return [group for group in groups if group["params"]]
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         training = self.spec.training
@@ -73,10 +72,12 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     torch.set_num_threads(runtime.threads)
     dataset = Dataset.open(data_folder)
     vlm, processor = load_vlm(spec.backbone)
-    backbone_hash = weights_hash(vlm)
+    backbone_hash = parameters_hash(vlm)
     torch.manual_seed(spec.seed)
-    vlm = treatments.treat(vlm, spec.treatment)
+    vlm = treatments.treat(vlm, spec.treated)
     vla = VLA(vlm, processor, spec, dataset.states.shape[1] if spec.proprioception else 0)
+    for parameter in vla.new_parameters().values():
+        parameter.requires_grad_(spec.treated.head.mode == "trained")
     actions = Normalizer.fit(dataset.actions, mode=spec.head.normalize, bound=spec.head.bound)
     card = {
         "run_id": spec.run_id,
@@ -96,12 +97,3 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})
     identity = content_hash([recipe, dataset.content_hash, backbone_hash])
     fit(Imitation(policy, dataset), spec.training, spec.seed, out, runtime, identity)
-
-
-def weights_hash(vlm: torch.nn.Module) -> str:
-    """10 hex digits of the SHA-256 over names and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(vlm.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:10]

@@ -1,0 +1,120 @@
+"""Low-rank adapters (LoRA) beside a VLM's linear layers, made by peft and kept in peft's own files.
+
+A folder of adapters opens in plain peft: ``PeftModel.from_pretrained(vlm, folder)``. Experts of a mixture, which are
+three-dimensional parameters and no linear layers, get none.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlm4vla.errors import UserError
+from vlm4vla.spec import GroupSpec
+
+NAME = "default"
+"""peft's name for the only adapter; in a model's parameter names, not in the file."""
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""peft's files count from its own wrapper."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def present(vlm: PreTrainedModel) -> bool:
+    return any(is_adapter(name) for name, _ in vlm.named_parameters())
+
+
+def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], modes: Mapping[str, GroupSpec]) -> None:
+    """Put adapters beside the linear layers of every group whose mode is ``lora``; they change nothing at first.
+
+    Raises:
+        UserError: a group has no linear layer of the names that are asked for.
+    """
+    linear = {name: module for name, module in vlm.named_modules() if isinstance(module, nn.Linear)}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int] = {}
+    for group, mode in modes.items():
+        if mode.mode != "lora":
+            continue
+        assert mode.rank is not None
+        assert mode.alpha is not None
+        own = {id(parameter) for parameter in groups[group].values()}
+        names = [name for name, module in linear.items() if id(module.weight) in own]
+        found = [name for name in names if mode.targets is None or name.rpartition(".")[2] in mode.targets]
+        if not found:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
+            raise UserError(
+                f"no linear layer {list(mode.targets or ())} in {group} of {type(vlm).__name__}",
+                f"names among its linear layers: {known}",
+                f"mend treatment.{group}.targets, or set treatment.{group}.mode to frozen or trained",
+            )
+        ranks |= dict.fromkeys(found, mode.rank)
+        alphas |= dict.fromkeys(found, mode.alpha)
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern={_exactly(name): value for name, value in ranks.items() if value != rank},
+        alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
+    )
+    config.base_model_name_or_path = vlm.name_or_path
+    inject_adapter_in_model(config, vlm, NAME)
+
+
+def _exactly(name: str) -> str:
+    """peft takes the keys of its patterns as regular expressions for the end of a name."""
+    return "^" + name.replace(".", r"\.")
+
+
+def save(vlm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write peft's two files into ``folder``; ``state`` holds the VLM's whole tensors by name."""
+    folder.mkdir(parents=True)
+    config: Any = vlm.peft_config[NAME]
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    config.inference_mode = False
+    tensors = {_in_file(name): value.cpu().contiguous() for name, value in state.items() if is_adapter(name)}
+    save_file(tensors, folder / FILE, {"format": "pt"})
+
+
+def load(vlm: PreTrainedModel, folder: Path) -> None:
+    """Add the adapters of ``folder`` to the VLM that they were trained on.
+
+    Raises:
+        OSError, SafetensorError, ValueError: ``folder`` is damaged or of another VLM.
+    """
+    tensors = load_file(folder / FILE)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    inject_adapter_in_model(config, vlm, NAME)
+    own = {name: parameter for name, parameter in vlm.named_parameters() if is_adapter(name)}
+    if tensors.keys() != {_in_file(name) for name in own}:
+        raise ValueError(f"the adapters in {folder} are of another VLM")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[_in_file(name)])
+
+
+def _in_file(name: str) -> str:
+    return PREFIX + name.replace(f".{NAME}.", ".")
+
+
+@torch.no_grad()
+def merged(vlm: PreTrainedModel) -> dict[str, Tensor]:
+    """The VLM's state without adapters: what they add is added to the weights below them (equal up to rounding)."""
+    state = {name: value.clone() for name, value in vlm.state_dict().items() if not is_adapter(name)}
+    for name, module in vlm.named_modules():
+        if isinstance(module, Linear):
+            state[f"{name}.base_layer.weight"] += module.get_delta_weight(NAME)
+    return {name.replace(".base_layer.", "."): value for name, value in state.items()}

@@ -1,0 +1,247 @@
+"""Treatments: frozen stays to the bit, trained moves, adapters are kept as such, parameters as many as published."""
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from fake_sim import CONVENTION
+from full_size import CONFIGS, built
+from vlm4vla.backbones import adapters, tiny, treatments
+from vlm4vla.backbones.load import load_vlm
+from vlm4vla.backbones.vlm import Backbone, parameters_hash, save_vlm
+from vlm4vla.data.normalize import Normalizer
+from vlm4vla.errors import UserError
+from vlm4vla.policy import VLA, Policy
+from vlm4vla.skills.questions import words
+from vlm4vla.spec import TREATMENTS, RunSpec, TrainSpec, TreatmentSpec, parse
+from vlm4vla.types import Observation
+
+NAMES = ["cat", "ant"]
+TEXTS = ["place the block on cat", "place it on ant"]
+COMPOSED = {
+    "name": "mixed",
+    "vision": "scratch",
+    "llm": {"mode": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
+    "word_embedding": "frozen",
+}
+ALL = [*TREATMENTS, COMPOSED]
+
+
+def spec_of(treatment, **values):
+    return parse(RunSpec, {"treatment": treatment, "head": {"hidden": 32}, **values}, "here")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vlm")
+    save_vlm(*tiny.build(NAMES, words(), seed=0), path)
+    return path
+
+
+def train(backbone, images, steps=2):
+    """The query is zero at first: words reach it, and adapters' first matrices get a gradient, from the second step."""
+    optimizer = torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backbone(backbone.encode(images, TEXTS)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("treatment", ALL, ids=lambda t: t if isinstance(t, str) else t["name"])
+def test_frozen_stays_to_the_bit_and_trained_moves(treatment, images):
+    treated = spec_of(treatment).treated
+    torch.manual_seed(3)
+    original, processor = tiny.build(NAMES, words(), seed=0)
+    vlm = treatments.treat(original, treated)
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    train(Backbone(vlm, processor), images)
+    for group, parameters in treatments.groups(vlm).items():
+        mode = treated.groups()[group].mode if group != "lm_head" else "frozen"
+        moved = {name for name, p in parameters.items() if not torch.equal(before[name], p)}
+        low_rank = {name for name in parameters if adapters.is_adapter(name)}
+        if mode in ("trained", "scratch"):
+            assert moved
+        else:
+            assert moved == low_rank, (group, mode)
+        assert bool(low_rank) == (mode == "lora")
+    trained = {group: counts["trained"] for group, counts in treatments.count(vlm).items()}
+    assert sum(trained.values()) == sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+
+
+def test_what_is_drawn_anew_is_another_draw_and_the_rest_is_kept():
+    def weights(treatment):
+        vlm, _ = tiny.build(NAMES, words(), seed=0)
+        torch.manual_seed(7)
+        treated = treatments.treat(vlm, TREATMENTS[treatment])
+        return {
+            group: {name: p.detach().clone() for name, p in parameters.items() if p.ndim > 1}
+            for group, parameters in treatments.groups(treated).items()
+        }
+
+    kept, drawn, eyes = weights("full"), weights("scratch"), weights("scratch_vision")
+    for group in kept:
+        for name in kept[group]:
+            assert not torch.equal(kept[group][name], drawn[group][name])
+            assert torch.equal(eyes[group][name], (drawn if group == "vision" else kept)[group][name])
+
+
+def test_adapters_change_nothing_before_training(images):
+    vlm, processor = tiny.build(NAMES, words(), seed=0)
+    plain = Backbone(vlm, processor)
+    torch.nn.init.normal_(plain.query)
+    before = plain(plain.encode(images, TEXTS))
+    treatments.treat(vlm, TREATMENTS["lora"])
+    assert torch.equal(plain(plain.encode(images, TEXTS)), before)
+
+
+def test_a_policy_with_adapters_keeps_them_as_adapters_and_acts_the_same_when_opened(folder, images, tmp_path):
+    spec = spec_of(COMPOSED, backbone=str(folder))
+    torch.manual_seed(1)
+    vlm, processor = load_vlm(str(folder))
+    card = {"backbone_hash": parameters_hash(vlm)}
+    vla = VLA(treatments.treat(vlm, spec.treated), processor, spec, 0)
+    train(vla.backbone, images)
+    actions = Normalizer.fit(np.tile(np.eye(7, dtype=np.float32), (8, 1)))
+    policy = Policy(vla, spec, CONVENTION, actions, None, 96, card)
+    policy.save(tmp_path)
+    look = Observation({"main": images[0]}, TEXTS[0])
+    chunk = policy.predict([look])[0].actions
+    assert np.array_equal(Policy.load(tmp_path).predict([look])[0].actions, chunk)
+    assert not (tmp_path / "vlm").exists(), "the VLM is kept where it is"
+    inputs = vla.backbone.encode(images, TEXTS)
+    hidden = vla.backbone(inputs)
+
+    base, _ = load_vlm(str(folder))
+    base.load_state_dict(adapters.merged(vla.backbone.vlm))
+    whole = Backbone(base, processor).eval()
+    whole.query.data = vla.backbone.query.data
+    torch.testing.assert_close(whole(inputs), hidden, atol=1e-5, rtol=1e-5)
+
+    save_vlm(*tiny.build(NAMES, words(), seed=9), tmp_path / "other")
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).rename(folder / f"kept-{name}")
+        (tmp_path / "other" / name).rename(folder / name)
+    try:
+        with pytest.raises(UserError, match="other weights in the backbone"):
+            Policy.load(tmp_path)
+    finally:
+        for name in ("model.safetensors", "config.json"):
+            (folder / f"kept-{name}").rename(folder / name)
+
+
+def test_plain_peft_opens_the_adapters(folder, images, tmp_path):
+    vlm, processor = load_vlm(str(folder))
+    torch.manual_seed(1)
+    ours = Backbone(treatments.treat(vlm, TREATMENTS["lora"]), processor)
+    train(ours, images)
+    ours.eval()
+    adapters.save(vlm, vlm.state_dict(), tmp_path / "adapter")
+    theirs = Backbone(peft.PeftModel.from_pretrained(load_vlm(str(folder))[0], tmp_path / "adapter").model, processor)
+    theirs.query.data = ours.query.data
+    inputs = ours.encode(images, TEXTS)
+    assert torch.equal(theirs.eval()(inputs), ours(inputs))
+
+
+def test_ranks_and_targets_are_the_groups_own():
+    vlm, _ = tiny.build(NAMES, words(), seed=0)
+    values = {"vision": {"mode": "lora", "rank": 2}, "llm": {"mode": "lora", "rank": 3, "targets": ["q_proj"]}}
+    treatments.treat(vlm, TreatmentSpec.model_validate(values))
+    ranks = {
+        (group, name.split(".")[-4], p.shape[0])
+        for group, parameters in treatments.groups(vlm).items()
+        for name, p in parameters.items()
+        if ".lora_A." in name
+    }
+    assert {rank for group, _, rank in ranks if group == "vision"} == {2}
+    assert {(name, rank) for group, name, rank in ranks if group == "llm"} == {("q_proj", 3)}
+    scale = {m.scaling["default"] for m in vlm.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert scale == {16 / 2, 16 / 3}
+
+
+def test_targets_that_no_layer_has_are_refused_with_those_it_has():
+    vlm, _ = tiny.build(NAMES, words(), seed=0)
+    treated = TreatmentSpec.model_validate({"llm": {"mode": "lora", "targets": ["qproj"]}})
+    with pytest.raises(UserError, match=r"no linear layer \['qproj'\] in llm(.|\n)*down_proj"):
+        treatments.treat(vlm, treated)
+
+
+def test_each_group_has_its_own_learning_rate():
+    vlm, _ = tiny.build(NAMES, words(), seed=0)
+    values = {"vision": {"learning_rate": 1e-5}, "llm": "lora", "projector": "scratch", "head": {"learning_rate": 4e-4}}
+    treated = TreatmentSpec.model_validate({**values, "word_embedding": "trained"})
+    scales = treatments.lr_scales(
+        treatments.treat(vlm, treated), treated, TrainSpec(learning_rate=1e-4, vlm_lr_scale=0.1)
+    )
+    expected = {"vision": 0.1, "projector": 1.0, "llm": 1.0, "word_embedding": 0.1, "head": 4.0}
+    assert scales == pytest.approx(expected)
+    assert treatments.lr_scales(vlm, TREATMENTS["freeze_vlm"], TrainSpec()) == {"head": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("treatment", "message"),
+    [
+        ("skratch", r"treatment: no treatment of that name \(nearest: scratch"),
+        ({"vison": "frozen"}, r"treatment\.vison: unknown key \(nearest: vision\)"),
+        ({"vision": "frozn"}, r"treatment\.vision\.mode: Input should be"),
+        ({"vision": {"mode": "lora", "rnk": 3}}, r"treatment\.vision\.rnk: unknown key \(nearest: rank\)"),
+        ({"vision": {"mode": "frozen", "rank": 3}}, "which mode lora has and no other"),
+        ({"vision": {"mode": "frozen", "learning_rate": 1}}, "a learning rate for frozen parameters"),
+        ({"word_embedding": "lora"}, "adapters are for linear layers"),
+        ({"name": "full", "vision": "frozen"}, "the name of another treatment"),
+        ({"head": "scratch"}, r"treatment\.head\.mode: Input should be"),
+    ],
+)
+def test_mistakes_are_named(treatment, message):
+    with pytest.raises(UserError, match=message):
+        spec_of(treatment)
+
+
+def test_a_composed_treatment_has_a_run_id_of_its_name_and_content():
+    ids = [spec_of({**COMPOSED, "llm": {"mode": "lora", "rank": rank}}).run_id for rank in (4, 8)]
+    assert all(run_id.startswith("mixed-s0-") for run_id in ids)
+    assert len({*ids}) == 2
+    assert RunSpec().run_id == "full-s0-de93b2e433", "a named treatment's runs keep their id"
+    assert RunSpec(treatment="scratch").run_id == "scratch-s0-572b359bcf"
+    spec = spec_of(COMPOSED)
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+BILLIONS = {  # arXiv 2601.03309, main table
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3.8,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8.3,
+    "Qwen/Qwen3-VL-2B-Instruct": 2.1,
+    "Qwen/Qwen3-VL-4B-Instruct": 4.4,
+    "Qwen/Qwen3-VL-8B-Instruct": 8.8,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": 31.1,
+    "google/paligemma-3b-pt-224": 2.9,
+    "google/paligemma2-3b-pt-224": 3.0,
+    "microsoft/kosmos-2-patch14-224": 1.7,
+    "OpenGVLab/InternVL3_5-4B-HF": 4.7,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_size_backbones_have_the_papers_number_of_parameters(name):
+    total = sum(p.numel() for parameters in treatments.groups(built(name)).values() for p in parameters.values())
+    assert round(total / 1e9, 1) == BILLIONS[name]
+
+
+def test_what_trains_of_qwen25_vl_3b_under_each_treatment():
+    """3.1 B with a frozen encoder, as the paper has it; the others follow from the same groups."""
+    billions = {}
+    for name in ("full", "freeze_vision", "freeze_word_embedding", "freeze_llm", "freeze_vlm"):
+        vlm = treatments.treat(built("Qwen/Qwen2.5-VL-3B-Instruct"), TREATMENTS[name])
+        billions[name] = round(sum(c["trained"] for c in treatments.count(vlm).values()) / 1e9, 2)
+    assert billions == {
+        "full": 3.75,
+        "freeze_vision": 3.12,
+        "freeze_word_embedding": 3.44,
+        "freeze_llm": 0.98,
+        "freeze_vlm": 0.0,
+    }
