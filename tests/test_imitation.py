@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from fake_sim import CONVENTION
+from test_films import film, raw
 from vlm4vla.arguments import trained_on, with_set
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.vlm import parameters_hash, save_vlm
@@ -61,6 +62,24 @@ def test_all_that_is_known_of_a_run_appears_with_its_policy(spec, tmp_path):
     card = json.loads((tmp_path / "out" / "policy" / "policy.json").read_text())["card"]
     assert (card["run_id"], card["episodes"], card["frames"]) == (spec.run_id, 2, 16)
     assert Policy.load(tmp_path / "out" / "policy").spec == spec
+
+
+def test_films_of_another_size_train_with_and_without_a_cache_to_the_same_weights(spec, tmp_path):
+    episodes = [({"main": np.zeros((5, 32, 48, 3), np.uint8) + 40 * i}, *e[1:]) for i, e in enumerate(raw((5, 5)))]
+    for _, actions, *_ in episodes:
+        actions[:, -1] = actions[:, -1] > 0
+    demos = film(tmp_path / "demos", episodes)
+    with pytest.raises(UserError, match=r"square ones.*\n.*data.image_size"):
+        train(spec, demos, tmp_path / "none", QUIET)
+    training = spec.training.model_copy(update={"augment": "crop_and_colour"})
+    spec = spec.model_copy(update={"data": DataSpec(folder="demos", image_size=96), "training": training})
+    train(spec, demos, tmp_path / "cached", QUIET)
+    train(spec, demos, tmp_path / "decoded", Runtime(device="cpu", progress=False, cache=False))
+    cached, decoded = (Policy.load(tmp_path / name / "policy") for name in ("cached", "decoded"))
+    assert parameters_hash(cached.vla) == parameters_hash(decoded.vla)
+    assert cached.image_size == 96
+    (path,) = (demos / ".cache").iterdir()
+    assert path.name.startswith("main-96-")
 
 
 @pytest.mark.parametrize("recorded", [None, DataSpec(seed=1), DataSpec(protocol="grinningface/place/train/dev")])

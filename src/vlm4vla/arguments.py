@@ -66,7 +66,8 @@ def trained_on(spec: RunSpec, folder: Path) -> tuple[RunSpec, str | None]:
     found = Dataset.open(folder).info.get(OWN_KEY, {}).get("provenance", {}).get("recording")
     name = found["protocol"]["name"] if found else None
     if spec.data.folder != str(folder) and (spec.data.folder is not None or found != recording(spec.data)):
-        spec = spec.model_copy(update={"data": DataSpec(folder=str(folder))})
+        size = spec.data.image_size if "image_size" in spec.data.model_fields_set else None
+        spec = spec.model_copy(update={"data": DataSpec(folder=str(folder), image_size=size)})
     return spec, name
 
 

@@ -118,6 +118,7 @@ cli.add_command(data)
 @device_option
 @threads_option
 @click.option("--tracker", "trackers", type=click.Choice(TRACKERS), multiple=True, help="Repeatable.")
+@click.option("--no-cache", "cache", flag_value=False, default=True, help="Decode pictures each time; keep no file.")
 def train(
     run: Path | None,
     data_folder: Path | None,
@@ -126,6 +127,7 @@ def train(
     device: str,
     threads: int,
     trackers: tuple[str, ...],
+    cache: bool,
 ) -> None:
     """Train one policy as RUN (a YAML file of run keys) says; run again to resume."""
     from vlm4vla.arguments import run_spec, runtime, trained_on, with_set
@@ -144,7 +146,7 @@ def train(
     true, protocol = trained_on(spec, folder)
     if true != spec:
         click.echo(f"{folder}: not what RUN's data section describes; the policy's spec names the folder", err=True)
-    train_policy(true, folder, out, runtime(device=device, threads=threads, trackers=trackers))
+    train_policy(true, folder, out, runtime(device=device, threads=threads, trackers=trackers, cache=cache))
     next_step("vlm4vla eval {} --protocol {}", out / "policy", protocol or "NAME")
 
 

@@ -67,7 +67,9 @@ class DataSpec(Strict):
     ``grinningface/place/train/v1``."""
     episodes: int = Field(default=400, ge=1)
     seed: int = Field(default=0, ge=0, lt=100)
-    image_size: int = Field(default=96, ge=16)
+    image_size: int | None = Field(default=96, ge=16)
+    """Side in pixels: of what is recorded, or of what a folder's pictures are resized to (None, the default there: they
+    stay as they are and must be square)."""
     noise: float = Field(default=0.02, ge=0)
     """Standard deviation in metres of the disturbance put on some executed actions (the recorded label stays clean)."""
     folder: str | None = None
@@ -81,6 +83,10 @@ class DataSpec(Strict):
             return values  # pydantic says what is wrong with it
         default = cls.model_fields["protocol"].default if values.get("folder") is None else None
         given = {"protocol": default, **values}
+        if given.get("folder") is not None:
+            given.setdefault("image_size", None)
+        elif given.get("image_size", 0) is None:
+            raise ValueError("data.image_size is missing: the recording needs one")
         if (given["protocol"] is None) == (given.get("folder") is None):
             raise ValueError("name the demonstrations by data.protocol or by data.folder, one of the two")
         return given
@@ -106,6 +112,8 @@ class TrainSpec(Strict):
     """Half range of the per-image brightness and per-channel offset, in fractions of the pixel range."""
     image_shift: int = Field(default=2, ge=0)
     """Random shift in pixels at most (edges repeated); the paper's CALVIN augmentation, scaled to the image."""
+    augment: Literal["jitter_and_shift", "crop_and_colour"] = later("jitter_and_shift")
+    """``jitter_and_shift``: by the two numbers above. ``crop_and_colour``: the paper's for Bridge and LIBERO."""
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoints: int = Field(default=1, ge=1)
     """Policies kept, equally spaced over training (the last one is the result): success over training steps."""
@@ -260,6 +268,8 @@ class Runtime(Strict):
     """Seconds between training checkpoints."""
     trackers: tuple[str, ...] = ()
     """``tensorboard``, ``wandb``, ``trackio``, through accelerate; the JSONL file is always written."""
+    cache: bool = True
+    """Decode all pictures once into a file beside the data set (3 bytes a pixel), instead of each time."""
     progress: bool = True
 
 

@@ -1,6 +1,6 @@
 """All pictures of a data set, decoded once into a memory-mapped array that training indexes. N frames."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,17 @@ def frames(dataset: Dataset, camera: str = "main", size: int | None = None) -> n
             if old != path:
                 old.unlink()
     return np.lib.format.open_memmap(path, "r")
+
+
+def pictures(
+    dataset: Dataset, size: int | None, cached: bool, camera: str = "main"
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Frame indices (B,) -> uint8 (B, size, size, 3): from the cache, or decoded each time."""
+    if cached:
+        return frames(dataset, camera, size).__getitem__
+    if size is None or dataset.camera_size(camera) == (size, size):
+        return lambda indices: dataset.images(indices, camera)
+    return lambda indices: np.stack([resized(picture, size) for picture in dataset.images(indices, camera)])
 
 
 def resized(picture: np.ndarray, size: int) -> np.ndarray:

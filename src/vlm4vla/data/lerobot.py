@@ -155,7 +155,11 @@ class Dataset:
         """Side of the main camera's pictures; ``UserError`` where they are not square."""
         height, width = self.camera_size("main")
         if height != width:
-            raise UserError(f"{self.folder} with pictures of {height} x {width}", "square ones", "convert it again")
+            raise UserError(
+                f"{self.folder} with pictures of {height} x {width}",
+                "square ones, or a size to bring them to",
+                "add --set data.image_size=224",
+            )
         return height
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import parameters_hash
-from vlm4vla.data.augment import jitter_and_shift
-from vlm4vla.data.cache import frames
+from vlm4vla.data.augment import crop_and_colour, jitter_and_shift
+from vlm4vla.data.cache import pictures
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.windows import windows
@@ -24,12 +24,12 @@ from vlm4vla.training.loop import fit
 class Imitation:
     """Predict the recorded chunk from one picture and the instruction (see ``training.loop.Objective``)."""
 
-    def __init__(self, policy: Policy, dataset: Dataset):
+    def __init__(self, policy: Policy, dataset: Dataset, cached: bool = True):
         self.policy, self.dataset, self.spec = policy, dataset, policy.spec
         self.vla = policy.vla
         self.module: nn.Module = policy.vla
         self.num_samples = dataset.num_frames
-        self.frames = frames(dataset)
+        self.pictures = pictures(dataset, policy.image_size, cached)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         vlm = self.vla.backbone.vlm
@@ -42,7 +42,11 @@ class Imitation:
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         training = self.spec.training
-        images, _ = jitter_and_shift(self.frames[indices], rng, training.image_jitter, training.image_shift)
+        images = self.pictures(indices)
+        if training.augment == "crop_and_colour":
+            images = crop_and_colour(torch.from_numpy(images), rng).numpy()
+        else:
+            images, _ = jitter_and_shift(images, rng, training.image_jitter, training.image_shift)
         inputs = self.vla.backbone.encode(images, self.dataset.instructions(indices))
         actions, valid = windows(self.dataset, indices, self.spec.head.chunk)
         target = self.policy.actions.normalize(actions).astype(np.float32)
@@ -91,9 +95,11 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
         "fraction_clipped": actions.fraction_clipped(dataset.actions),
     }
     state = Normalizer.fit(dataset.states, gripper=False) if spec.proprioception else None
-    policy = Policy(vla, spec, dataset.convention, actions, state, dataset.image_size, card)
+    size = spec.data.image_size or dataset.image_size
+    policy = Policy(vla, spec, dataset.convention, actions, state, size, card)
     out.mkdir(parents=True, exist_ok=True)
     # By content: the same demonstrations under another path are the same run.
     recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})
-    identity = content_hash([recipe, dataset.content_hash, backbone_hash])
-    fit(Imitation(policy, dataset), spec.training, spec.seed, out, runtime, identity)
+    resized = [size] if dataset.cameras["main"] != (size, size) else []
+    identity = content_hash([recipe, dataset.content_hash, backbone_hash, *resized])
+    fit(Imitation(policy, dataset, runtime.cache), spec.training, spec.seed, out, runtime, identity)
