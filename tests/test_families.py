@@ -9,7 +9,7 @@ pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[t
 import tiny_families
 from vlm4vla.backbones.check import Check
 from vlm4vla.backbones.families import FAMILIES, family
-from vlm4vla.backbones.vlm import Backbone
+from vlm4vla.backbones.vlm import Backbone, save_vlm
 
 SIZE = 64
 """Not the side the families are made for: pictures have to be resized."""
@@ -109,3 +109,46 @@ def test_upsampling_as_in_the_release_is_a_named_choice():
         counts.append(int((inputs["input_ids"] == vlm.config.image_token_id).sum()))
         assert backbone(inputs).isfinite().all()
     assert counts == [64, 256]
+
+
+@pytest.mark.parametrize("side", [112, 140])
+def test_pictures_of_one_size_take_one_attention_call_a_vision_layer(side, monkeypatch):
+    """Windows of 4 x 4 patches tile 8 x 8 of them, and do not tile 10 x 10: then each window is a call, as before."""
+    vlm, processor = tiny_families.draw("qwen2_5_vl")
+    vlm.model.visual.window_size = 56
+    processor.image_processor.size = {"shortest_edge": side**2, "longest_edge": side**2}
+    backbone = Backbone(vlm, processor)
+    images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
+    inputs = backbone.encode(images, ["push"] * 3)
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments, **options):
+        calls.append(arguments[0].shape)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    with torch.no_grad():
+        fast = backbone(inputs)
+        fast_calls = len(calls) - len(vlm.model.language_model.layers)
+        calls.clear()
+        backbone.packed = None
+        vlm.model.visual.config._attn_implementation = "sdpa"
+        plain = backbone(inputs)
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
+    windows = {112: 1, 140: 3 * 9}[side]
+    assert fast_calls == windows + 1
+    assert len(calls) - len(vlm.model.language_model.layers) == {112: 3 * 4, 140: 3 * 9}[side] + 3
+
+
+def test_a_saved_model_asks_for_no_attention_of_ours(tmp_path):
+    backbone = drawn("qwen3_vl")
+    save_vlm(backbone.vlm, backbone.processor, tmp_path)
+    assert "vlm4vla" not in (tmp_path / "config.json").read_text()
+
+
+def test_positions_of_several_axes_are_found_once_an_instruction(monkeypatch):
+    backbone = drawn("qwen3_vl")
+    inputs = backbone.encode(np.zeros((2, SIZE, SIZE, 3), np.uint8), ["push", "pull it"])
+    assert inputs["position_ids"].shape == (3, *inputs["input_ids"].shape)
+    monkeypatch.setattr(backbone.core, "get_rope_index", lambda *_, **__: pytest.fail("found again"))
+    assert backbone(inputs).isfinite().all()

@@ -33,6 +33,8 @@ TOLERANCE = 1e-5
 """Of hidden states, in fp32, where the same numbers are computed in another order."""
 PIXEL_TOLERANCE = 1e-5
 """Of normalised pixels (their range is about -2 to 2): the same operations, batched."""
+OURS = ("images", "query_position", "position_ids")
+"""Inputs that the model's plain forward pass does not get: it finds its positions by itself."""
 STEPS = 40
 LEARNING_RATE = 2e-3
 MEMORISED = 0.1
@@ -128,9 +130,9 @@ class Check:
         word = next(i for i in reversed(range(sum(len(part) for part in table))) if i not in used)
         last = ids[rows, position]
         ids[rows, position] = word
-        inputs = {name: value for name, value in self.inputs.items() if name not in ("images", "query_position")}
+        inputs = {name: value for name, value in self.inputs.items() if name not in OURS}
         inputs |= {"input_ids": ids, **self.backbone.inputs.pixels(self.inputs["images"])}
-        with _word_is(self.backbone, word, last):
+        with _word_is(self.backbone, word, last), _stock_attention(self.backbone):
             hidden = self.backbone.core(**inputs, use_cache=False).last_hidden_state[rows, position]
         return self._close(hidden.float(), self.hidden)
 
@@ -219,8 +221,26 @@ def padded_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     shape, shift = inputs["input_ids"].shape, (inputs["attention_mask"] == 0).sum(1)
     places = torch.arange(shape[1], device=shift.device)
     source = (places - shift[:, None]) % shape[1]
-    rolled = {name: value.gather(1, source) for name, value in inputs.items() if value.shape == shape}
+    rolled = {
+        name: value.gather(-1, source.expand_as(value))
+        for name, value in inputs.items()
+        if value.shape[-2:] == shape  # position_ids have axes in front
+    }
     return {**inputs, **rolled, "query_position": inputs["query_position"] + shift}
+
+
+@contextmanager
+def _stock_attention(backbone: Backbone) -> Iterator[None]:
+    """For a while, a packed vision tower runs as transformers would run it."""
+    if backbone.packed is None:
+        yield
+        return
+    config = backbone.packed.tower.config
+    kept, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = kept
 
 
 @contextmanager

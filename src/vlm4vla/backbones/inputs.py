@@ -5,7 +5,7 @@ pictures are resized and normalised in batches by the model's own image processo
 Together they are what the whole processor would have made (``backbones.check`` compares them).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -24,6 +24,8 @@ from vlm4vla.spec import Compat
 
 Processor = Any
 """A transformers processor; their call signatures are only known at run time."""
+Positions = Callable[..., tuple[Tensor, Tensor]]
+"""``get_rope_index`` of a model with several position axes: ids, types and picture sizes -> (axes, B, L)."""
 INSTRUCTIONS_KEPT = 1 << 14
 
 
@@ -41,9 +43,11 @@ def prompt(processor: Processor, text: str, system: str | None = None, image: bo
 class Inputs:
     """Makes a VLM's inputs, with one more position for the action query right after each prompt."""
 
-    def __init__(self, processor: Processor, family: Family, compat: Sequence[Compat] = ()):
+    def __init__(
+        self, processor: Processor, family: Family, compat: Sequence[Compat] = (), positions: Positions | None = None
+    ):
         """Raises: UserError: there is no way to put a picture into the prompt."""
-        self.processor, self.family = processor, family
+        self.processor, self.family, self.positions = processor, family, positions
         # VLM4VLA's release enlarges what Qwen and InternVL see, so that its 224 px become 256 visual tokens.
         self.side = 448 if "upsample_448" in compat else None
         self.rows = lru_cache(INSTRUCTIONS_KEPT)(self._row)
@@ -73,7 +77,11 @@ class Inputs:
         return {name: value for name, value in made.items() if name != "labels"}
 
     def tokens(self, instructions: Sequence[str], height: int, width: int) -> dict[str, Tensor]:
-        """Token ids, mask and types (B, L) for pictures of this size, right-padded, and ``query_position`` (B,)."""
+        """Token ids, mask and types (B, L) for pictures of this size, right-padded, and ``query_position`` (B,).
+
+        ``position_ids`` (axes, B, L) where the model has several axes: it would find them anew in every step, a
+        sample at a time.
+        """
         height, width = (self.side or height, self.side or width)
         rows = [self.rows(instruction, height, width) for instruction in instructions]
         pad = {"input_ids": self.processor.tokenizer.pad_token_id}
@@ -81,6 +89,8 @@ class Inputs:
             name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=pad.get(name, 0))
             for name in rows[0]
         }
+        if "position_ids" in batch:
+            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
         return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
 
     def pixels(self, images: Tensor) -> dict[str, Tensor]:
@@ -98,7 +108,12 @@ class Inputs:
         else:
             pictures = images.cpu().numpy()
         made = self.processor.image_processor([[picture] for picture in pictures], **options)
-        return {name: value.to(images.device) for name, value in made.items() if name in self.image_names}
+        # Sizes stay on the CPU: they are read there.
+        return {
+            name: value if name.endswith("_grid_thw") else value.to(images.device)
+            for name, value in made.items()
+            if name in self.image_names
+        }
 
     def _row(self, instruction: str, height: int, width: int) -> dict[str, Tensor]:
         """The unpadded prompt's (L,) tensors, the last token once more for the query.
@@ -115,6 +130,10 @@ class Inputs:
         }
         if self.family.query_type is not None:
             row["token_type_ids"][-1] = self.family.query_type
+        if self.positions is not None:
+            known = {name: value[None] for name, value in row.items()}
+            known |= {name: made[name] for name in self.image_names if name.endswith("_grid_thw")}
+            row["position_ids"] = self.positions(**known)[0][:, 0].T
         return row
 
 

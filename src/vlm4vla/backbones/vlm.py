@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from vlm4vla.backbones.families import family
 from vlm4vla.backbones.inputs import Inputs, Processor
+from vlm4vla.backbones.packed_vision import packed_vision
 from vlm4vla.spec import Compat
 
 # One bar a job is enough: ours.
@@ -42,7 +43,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.processor = processor
-        self.inputs = Inputs(processor, family(vlm.config), compat)
+        self.inputs = Inputs(processor, family(vlm.config), compat, getattr(self.core, "get_rope_index", None))
+        self.packed = packed_vision(vlm)
         self.hidden_size: int = vlm.config.get_text_config().hidden_size
         self.query = nn.Parameter(torch.zeros(self.hidden_size))
         embeddings = vlm.get_input_embeddings()
@@ -67,6 +69,8 @@ class Backbone(nn.Module):
         inputs = dict(inputs)
         position = inputs.pop("query_position")
         inputs |= self.inputs.pixels(inputs.pop("images"))
+        if self.packed is not None:
+            inputs |= self.packed.prepared(inputs["image_grid_thw"], position.device)
         rows = torch.arange(len(position), device=position.device)
         with self._query_at(inputs["input_ids"].shape, rows, position):
             hidden = self.core(**inputs, use_cache=False).last_hidden_state
