@@ -189,7 +189,7 @@ def evaluate(
     from vlm4vla import hub
     from vlm4vla.evaluation.rollout import evaluate as roll_out
     from vlm4vla.policy import Policy, weights_hash
-    from vlm4vla.studies.stats import summarise
+    from vlm4vla.studies.stats import credit_lines, summarise
     from vlm4vla.studies.store import Store
 
     beside = folder.parent
@@ -220,6 +220,8 @@ def evaluate(
             )
             rate = summarise(results)
             click.echo(f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else ""))
+            for line in credit_lines(results):
+                click.echo(f"  {line}")
     next_step("film strips in {}; compare treatments: vlm4vla study plan --help", beside / "strips")
 
 

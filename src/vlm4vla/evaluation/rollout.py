@@ -204,6 +204,8 @@ class _Evaluation:
             if reply.outcome.steps < 1 or attempt.steps > self.protocol.max_steps:
                 raise RuntimeError(f"{self.protocol.sim} counted {attempt.steps} steps; see sims/base.py")
         if reply.observation:
+            if attempt.instruction != reply.observation.instruction:
+                attempt.chunks.clear()  # predicted for another sentence (CALVIN's chains)
             attempt.instruction = reply.observation.instruction
             if self.film.records(attempt.episode):
                 attempt.frames.append(reply.observation.images["main"])

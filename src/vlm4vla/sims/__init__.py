@@ -10,6 +10,7 @@ from vlm4vla.sims.environments import ENVIRONMENTS
 
 SIMS = {
     "grinningface": "vlm4vla.sims.grinningface.env:GrinningFace",
+    "calvin": "vlm4vla.sims.calvin:Calvin",
     "libero": "vlm4vla.sims.libero:Libero",
 }
 """Name -> ``module:Class``; imported on use, so that a simulator's packages are needed by its users only."""

@@ -40,8 +40,8 @@ class Environment:
     """The path inside the assets folder to which ``link`` points (``.``: the folder itself)."""
     must_hold: tuple[str, ...]
     """Paths by which an assets folder is recognised."""
-    hub: str
-    """Hub data set that holds the assets."""
+    source: str
+    """The hub data set (``owner/name``) or the Git repository (an https address) that holds the assets."""
     size: str
     licence: str
 
@@ -52,9 +52,18 @@ ENVIRONMENTS = {
         link="libero/libero/assets",
         inside=".",
         must_hold=("articulated_objects", "scenes", "stable_hope_objects", "textures"),
-        hub="lerobot/libero-assets",
+        source="lerobot/libero-assets",
         size="420 MB",
         licence="LIBERO's data is CC BY 4.0; of the meshes nothing is said, and some look CC BY-NC-SA",
+    ),
+    "calvin": Environment(
+        pythons=((3, 11),),
+        link="calvin",
+        inside=".",
+        must_hold=("calvin_env/calvin_env", "calvin_env/data", "calvin_models/conf/annotations"),
+        source="https://github.com/mees/calvin",
+        size="45 MB with its submodule calvin_env",
+        licence="MIT; the meshes of the arm Apache-2.0",
     ),
 }
 
@@ -143,19 +152,17 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
     if given is None and not fetch:
         raise UserError(
             f"no assets for {name}",
-            f"a copy of the hub data set {environment.hub} ({environment.size}; licence: {environment.licence})",
+            f"a copy of {environment.source} ({environment.size}; licence: {environment.licence})",
             f"vlm4vla sims setup {name} --assets FOLDER, or let it be fetched: vlm4vla sims setup {name} --fetch",
         )
     if given is None:
-        from huggingface_hub import snapshot_download
-
-        say(f"fetching {environment.hub} ({environment.size}; licence: {environment.licence})")
+        say(f"fetching {environment.source} ({environment.size}; licence: {environment.licence})")
         try:
-            snapshot_download(environment.hub, repo_type="dataset", local_dir=fetched)
+            _fetch(environment.source, fetched)
         except Exception as error:  # the hub's own, the network's and the disk's: many types, one meaning
             raise UserError(
-                f"{environment.hub} could not be fetched: {error}",
-                "the hub within reach",
+                f"{environment.source} could not be fetched: {error}",
+                "a network that reaches it",
                 f"run it again (it continues), or bring a copy: vlm4vla sims setup {name} --assets FOLDER",
             ) from error
         given = fetched
@@ -167,6 +174,16 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
             f"ls {given}",
         )
     return given
+
+
+def _fetch(source: str, target: Path) -> None:
+    if source.startswith("https://"):
+        shutil.rmtree(target, ignore_errors=True)
+        _run(["git", "clone", "-q", "--depth=1", "--recurse-submodules", "--shallow-submodules", source, str(target)])
+    else:
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(source, repo_type="dataset", local_dir=target)
 
 
 def _prove(name: str, target: Path) -> Path:

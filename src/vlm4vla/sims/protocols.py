@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from vlm4vla.errors import UserError, nearest
-from vlm4vla.sims import libero
+from vlm4vla.sims import calvin, libero
 
 DEMO_SEED = 0
 """Demonstration ``i`` of a recording is episode seed ``DEMO_SEED + recording_seed * 1_000_000 + i`` (< 100 M)."""
@@ -105,9 +105,28 @@ def _libero() -> list[Protocol]:
     ]
 
 
+def _calvin() -> list[Protocol]:
+    """``calvin_abc_d/v1``, and ``calvin_abc_d/tiny/v1`` with the software renderer, for tests without OpenGL."""
+    return [
+        Protocol(
+            name=f"calvin_abc_d{'' if renderer == 'egl' else '/' + renderer}/v1",
+            sim="calvin",
+            sim_args={"renderer": renderer},
+            first_seed=0,
+            max_steps=calvin.CHAIN * calvin.STEPS,
+            execute=10,
+            success_rule=f"all {calvin.CHAIN} instructions of a chain, {calvin.STEPS} steps for each, judged after "
+            "every step; credits: how many were fulfilled in a row (length)",
+            num_episodes=calvin.NUM_CHAINS,
+            image="static camera at 200 px, bicubic to the policy's size",
+        )
+        for renderer in ("egl", "tiny")
+    ]
+
+
 @cache
 def _protocols() -> dict[str, Protocol]:
-    return {p.name: p for p in (*_grinningface(), *_libero())}
+    return {p.name: p for p in (*_grinningface(), *_libero(), *_calvin())}
 
 
 def protocol_names() -> list[str]:

@@ -87,6 +87,19 @@ def summarise(results: Sequence[EpisodeResult], metric: str = "success") -> Rate
     return _rate(sum(v is True for v in values), sum(v is not None for v in values), faults, len(values), "Wilson")
 
 
+def credit_lines(results: Sequence[EpisodeResult]) -> list[str]:
+    """Each credit that is a yes or no, as a rate; of chains also the average length with its bootstrap interval."""
+    credits = [result.credits for result in results if result.success is not None]
+    names = {name: None for each in credits for name, value in each.items() if isinstance(value, bool)}
+    lines = [f"{name} {summarise(results, name)}" for name in names if all(name in each for each in credits)]
+    if credits and all("length" in each for each in credits):
+        lengths = np.array([each["length"] for each in credits], float)
+        draws = np.random.default_rng(0).choice(lengths, (REPLICATES, len(lengths))).mean(1)
+        low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        lines.append(f"average length {lengths.mean():.2f} [{low:.2f}, {high:.2f}], n = {len(lengths)}")
+    return lines
+
+
 def _rate(k: int, n: int, faults: int, total: int, method: str) -> Rate:
     low, high = wilson(k, n, CONFIDENCE) if n else (0.0, 1.0)
     return Rate(k, n, k / n if n else float("nan"), low, high, method, faults, total - faults - n)

@@ -1,0 +1,120 @@
+"""CALVIN. What needs the simulator runs where ``vlm4vla sims setup calvin`` was done."""
+
+import json
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm4vla.sims import calvin, environments
+from vlm4vla.sims.check import check_sim
+from vlm4vla.sims.protocols import protocol
+from vlm4vla.studies.stats import credit_lines
+from vlm4vla.types import EpisodeResult
+
+missing = environments.missing("calvin")
+simulated = pytest.mark.skipif(missing is not None, reason=f"{missing}: vlm4vla sims setup calvin --assets CLONE")
+
+
+def test_the_hash_is_pyhashs_and_not_the_textbooks():
+    assert calvin.fnv1_32("") == 0
+    assert calvin.fnv1_32("a") == (0x61 * 0x01000193) % 2**32
+    assert calvin.fnv1_32("ab") == (((((0x61 * 0x01000193) % 2**32 * 0x01000193) % 2**32) ^ 0x62) * 0x01000193) % 2**32
+    textbook = 0x811C9DC5
+    for byte in b"ab":
+        textbook = (textbook * 0x01000193) % 2**32 ^ byte
+    assert calvin.fnv1_32("ab") != textbook
+
+
+def test_the_chains_are_possible_and_start_as_published():
+    chains = calvin.chains()
+    assert len(chains) == calvin.NUM_CHAINS
+    assert chains[0][1] == [
+        "rotate_blue_block_right",
+        "move_slider_right",
+        "lift_red_block_slider",
+        "place_in_slider",
+        "turn_off_lightbulb",
+    ]
+    assert len({task for _, tasks in chains for task in tasks}) == 34
+    for condition, tasks in chains:
+        assert tuple(condition) == calvin.CONDITION
+        assert len(tasks) == len(set(tasks)) == calvin.CHAIN
+        blocks = Counter(condition[f"{colour}_block"] for colour in ("red", "blue", "pink"))
+        assert blocks["table"] in (1, 2)
+        assert blocks["slider_left"] <= 1
+        assert blocks["slider_right"] <= 1
+        slider, first = condition["slider"], tasks[0]
+        assert first not in ("place_in_slider", "place_in_drawer", "stack_block", "unstack_block")
+        assert first != f"move_slider_{slider}", "what is done already is not asked for"
+
+
+def test_initial_states_follow_from_the_condition_alone():
+    before = np.random.get_state()[1].copy()
+    for condition, _ in calvin.chains()[:200]:
+        robot, scene = calvin.initial_state(condition)
+        again = calvin.initial_state(dict(condition))
+        np.testing.assert_array_equal(scene, again[1])
+        assert robot.shape == (15,)
+        places = {block: tuple(scene[i : i + 3]) for block, i in (("red", 6), ("blue", 12), ("pink", 18))}
+        assert len(set(places.values())) == 3, "blocks do not share a place"
+        for block, place in places.items():
+            where = condition[f"{block}_block"]
+            assert place in (calvin.TABLE if where == "table" else [calvin.PLACES[where]])
+        assert (scene[0] > 0, scene[1] > 0) == (condition["slider"] == "left", condition["drawer"] == "open")
+        assert (scene[4], scene[5]) == (condition["lightbulb"], condition["led"])
+        assert all(abs(scene[i] - np.pi / 2) < np.pi / 8 for i in (11, 17, 23))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def test_lengths_are_reported_with_their_interval():
+    def episode(i, length):
+        credits = {"length": length} | {f"success_{n}": length >= n for n in range(1, 6)}
+        return EpisodeResult("calvin_abc_d/v1", i, i, length == 5, 100, credits)
+
+    lines = credit_lines([episode(i, length) for i, length in enumerate([5, 3, 0, 1] * 10)])
+    assert lines[0].startswith("success_1 75% [")
+    assert lines[4].startswith("success_5 25% [")
+    assert lines[5].startswith("average length 2.25 [")
+    assert protocol("calvin_abc_d/v1").num_episodes == 1000
+
+
+SOLVED = """
+import json
+import numpy as np
+from vlm4vla.sims.calvin import Calvin, chains
+sim = Calvin(renderer="tiny")
+seed = next(i for i, (_, tasks) in enumerate(chains()) if tasks[0] == "open_drawer")
+sim.reset(seed)
+first, hold = sim.observe().instruction, np.array([[0, 0, 0, 0, 0, 0, 1.0]] * 8)
+before = sim.execute(hold)
+next(door for door in sim._env.scene.doors if "drawer" in door.name).reset(0.22)
+after = sim.execute(hold)
+print(json.dumps([before.credits["length"], before.steps, after.credits["length"], after.steps, after.done,
+                  first, sim.observe().instruction]))
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_an_instruction_counts_when_its_task_is_done_and_cuts_the_chunk():
+    command = [environments.interpreter("calvin"), "-c", SOLVED]
+    source = str(Path(calvin.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": source}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+    assert told[:5] == [0, 8, 1, 1, False]
+    assert told[5] == "pull the handle to open the drawer"
+    assert told[6] != told[5]
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_calvin_keeps_the_simulator_protocol():
+    check_sim("calvin")
