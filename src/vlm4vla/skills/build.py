@@ -23,7 +23,7 @@ TEST_SCENES, TEST_SCENE_SEED = 1_000, 1
 """Scores are on scenes of another seed than any that was trained on."""
 ALIGN = TrainSpec(steps=900, batch_size=64, learning_rate=2e-3, warmup_steps=40)
 INSTRUCT = TrainSpec(steps=3000, batch_size=32, learning_rate=2e-3, warmup_steps=40, schedule="cosine", checkpoints=6)
-SENTENCES = TrainSpec(steps=500, batch_size=32, learning_rate=1.5e-3, warmup_steps=40, schedule="cosine")
+SENTENCES = TrainSpec(steps=1500, batch_size=32, learning_rate=1.5e-3, warmup_steps=40, schedule="cosine")
 FREE_SHARE = 0.5
 
 CARD = """# The embedded VLM
