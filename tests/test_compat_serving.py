@@ -75,7 +75,7 @@ def test_vla_eval_agrees_with_our_own_loop_about_a_checkpoint(vla_eval, tmp_path
     from vlm4vla.studies.store import Store
 
     named = protocol("grinningface/place/val/dev")
-    source = checkpoint(policy_folder, "cpu")
+    source = checkpoint(str(policy_folder), "cpu")
     with Store(tmp_path / "results.sqlite") as store:
         options = {"image_size": source.image_size, "workers": 1, "progress": False}
         ours = evaluate(source.policy, named, 2, store, "ours", **options)

@@ -154,10 +154,13 @@ cli.add_command(policy)
 
 
 @cli.command("eval")
-@click.argument("folder", metavar="POLICY", type=FOLDER)
+@click.argument("policy", metavar="POLICY")
 @click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims protocols.")
 @click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--store", "store_path", type=FILE, help="SQLite file of results. [default: eval.sqlite beside POLICY]")
+@click.option("--baseline", metavar="NAME|FILE", help="How another project's policy sees and acts (docs/serving.md).")
+@click.option("--name", help="What results shall call another project's policy.")
+@click.option("--token", envvar="VLM4VLA_TOKEN", help="What the policy's server asks for.")
 @click.option(
     "--strips", type=click.IntRange(min=0), default=4, show_default=True, help="Episodes to keep film strips of."
 )
@@ -172,57 +175,59 @@ cli.add_command(policy)
 @workers_option
 @device_option
 def evaluate(
-    folder: Path,
+    policy: str,
     protocols: tuple[str, ...],
     episodes: int,
     store_path: Path | None,
+    baseline: str | None,
+    name: str | None,
+    token: str | None,
     strips: int,
     video: Literal["failures", "all", "none"],
     sim_python: str | None,
     workers: int,
     device: str,
 ) -> None:
-    """Judge POLICY, a folder or hub:OWNER/NAME, in closed loop; finished episodes are kept, run again to resume."""
+    """Judge POLICY in closed loop; finished episodes are kept, run again to resume.
+
+    \b
+    POLICY is a folder, hub:OWNER/NAME, openpi://host:port, starvla://host:port,
+    openvla://host:port, replay:DATA (recorded actions) or random:DATA.
+    """
     from vlm4vla.sims.protocols import protocol
 
-    wanted = [protocol(name) for name in protocols]  # a misspelt one is found before anything is loaded
-    from vlm4vla import hub
+    wanted = [protocol(each) for each in protocols]  # a misspelt one is found before anything is loaded
     from vlm4vla.evaluation.rollout import evaluate as roll_out
-    from vlm4vla.policy import Policy, weights_hash
+    from vlm4vla.serving.sources import home, opened
     from vlm4vla.studies.stats import credit_lines, summarise
     from vlm4vla.studies.store import Store
 
-    beside = folder.parent
-    if str(folder).startswith(hub.PREFIX):
-        beside, folder = Path("runs") / folder.name, hub.fetch(str(folder))  # results do not go into the hub's cache
-        beside.mkdir(parents=True, exist_ok=True)
-    loaded = Policy.load(folder, device)
-    store_path = store_path or beside / "eval.sqlite"
-    # A run has several policies (policies/step-*), and may be trained again: its id alone does not say which is judged.
-    step = f"@{folder.resolve().name}" if folder.resolve().name.startswith("step-") else ""
-    run_id = f"{loaded.spec.run_id}{step}-{weights_hash(folder)}"
-    with Store(store_path) as store:
-        for each in wanted:
-            results = roll_out(
-                loaded,
-                each,
-                episodes,
-                store,
-                run_id,
-                image_size=loaded.image_size,
-                workers=workers,
-                progress=sys.stderr.isatty(),
-                strips=beside / "strips",
-                num_strips=strips,
-                sim_python=sim_python,
-                videos=video,
-                video_folder=beside / "videos",
-            )
-            rate = summarise(results)
-            click.echo(f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else ""))
-            for line in credit_lines(results):
-                click.echo(f"  {line}")
-    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", beside / "strips")
+    with opened(policy, device, baseline, name, token) as source:
+        folder = home(policy, source)
+        with Store(store_path or folder / "eval.sqlite") as store:
+            for each in wanted:
+                results = roll_out(
+                    source.policy,
+                    each,
+                    episodes,
+                    store,
+                    source.name,
+                    image_size=source.image_size,
+                    workers=workers,
+                    progress=sys.stderr.isatty(),
+                    strips=folder / "strips",
+                    num_strips=strips,
+                    sim_python=sim_python,
+                    videos=video,
+                    video_folder=folder / "videos",
+                )
+                rate = summarise(results)
+                click.echo(
+                    f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else "")
+                )
+                for line in credit_lines(results):
+                    click.echo(f"  {line}")
+    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", folder / "strips")
 
 
 cli.add_command(serve)

@@ -17,6 +17,10 @@ class Observation:
     instruction: str
     state: np.ndarray | None = None
     """Optional proprioception, float32 (S,). Policies ignore it unless their spec names it."""
+    episode: int = 0
+    """Which episode of the protocol this is, and"""
+    step: int = 0
+    """how many of its actions were executed: for policies that replay or draw, no input of any model."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Shapes: H horizon, A action dimensions.
 import platform
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from typing import Protocol as Interface
@@ -224,7 +224,7 @@ class _Evaluation:
         if not waiting:
             return
         started = time.monotonic()
-        chunks = self.policy.predict([observation for *_, observation in waiting])
+        chunks = self.policy.predict([replace(o, episode=a.episode, step=a.steps) for _, a, o in waiting])
         seconds = time.monotonic() - started
         for worker in self.running:
             worker.postpone(seconds)

@@ -136,7 +136,11 @@ def _dtype(name: Any) -> np.dtype:
 
 
 def _array(value: dict) -> np.ndarray:
-    data, name, sizes = _fields(value, "data", "dtype", "shape")
+    return array(*_fields(value, "data", "dtype", "shape"))
+
+
+def array(data: Any, name: Any, sizes: Any) -> np.ndarray:
+    """Bytes, dtype and shape as they were received -> an array. Raises ``MalformedMessage`` unless they go together."""
     dtype, shape = _dtype(name), _shape(sizes)
     if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         raise MalformedMessage(f"an array of shape {shape} and dtype {dtype} with other bytes than that needs")
@@ -157,8 +161,7 @@ def _scalar(value: dict) -> bool | int | float:
 
 def _picture(value: dict) -> np.ndarray:
     if value.get("format") == "raw":
-        _, *fields = _fields(value, "format", "data", "dtype", "shape")
-        return _array(dict(zip(("data", "dtype", "shape"), fields, strict=True)))
+        return array(*_fields(value, "format", "data", "dtype", "shape")[1:])
     form, data, sizes = _fields(value, "format", "data", "shape")
     shape = _shape(sizes)
     if not isinstance(form, str) or form not in FORMATS or not isinstance(data, bytes):

@@ -1,14 +1,12 @@
 """``vlm4vla serve``."""
 
-from pathlib import Path
-
 import click
 
-from vlm4vla.verbs.shared import FOLDER, device_option, threads_option
+from vlm4vla.verbs.shared import device_option, threads_option
 
 
 @click.command()
-@click.argument("policy", type=FOLDER)
+@click.argument("policy")
 @click.option(
     "--listen", multiple=True, metavar="DIALECT=PORT", help="Repeatable. [default: openpi, vla-eval, starvla]"
 )
@@ -27,7 +25,7 @@ from vlm4vla.verbs.shared import FOLDER, device_option, threads_option
 @device_option
 @threads_option
 def serve(
-    policy: Path,
+    policy: str,
     listen: tuple[str, ...],
     host: str,
     token: str | None,
@@ -40,7 +38,7 @@ def serve(
     device: str,
     threads: int,
 ) -> None:
-    """Serve a policy folder to clients of openpi, vla-eval and StarVLA until Ctrl-C."""
+    """Serve POLICY, a folder or hub:OWNER/NAME, to clients of openpi, vla-eval and StarVLA until Ctrl-C."""
     from vlm4vla.serving.server import MEBIBYTE, Settings, listening, serve_forever
     from vlm4vla.serving.service import Service
     from vlm4vla.serving.sources import checkpoint
