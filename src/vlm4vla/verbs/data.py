@@ -91,13 +91,31 @@ def data_convert_rlds(source: Path, out: Path, mapping: str, workers: int, drop_
 
 
 @data.command("inspect")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", metavar="DATA", type=FOLDER)
 def data_inspect(folder: Path) -> None:
-    """Say what a LeRobotDataset v3 folder holds."""
+    """Say what a LeRobotDataset holds (a folder, or hub:owner/name), and what looks suspicious."""
     from vlm4vla.data.inspect import inspect
 
-    click.echo(inspect(folder))
-    next_step("vlm4vla train --data {} --out runs/mine", folder)
+    report = inspect(folder)
+    click.echo(report)
+    if report.next_step:
+        click.secho(f"next: {report.next_step}", fg="yellow", err=True)
+    else:
+        next_step("vlm4vla data view {} --episode 0; vlm4vla train --data {} --out runs/mine", folder, folder)
+
+
+@data.command("view")
+@click.argument("folder", metavar="DATA", type=FOLDER)
+@click.option("--episode", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", type=FILE, help="HTML file. [default: runs/view/NAME-EPISODE.html]")
+def data_view(folder: Path, episode: int, out: Path | None) -> None:
+    """Write an episode as one self-contained HTML page: pictures, action curves, instruction."""
+    from vlm4vla.data.view import view
+
+    name = folder.name.replace(":", "-")
+    page = view(folder, episode, out or Path("runs/view") / f"{name}-{episode:06d}.html")
+    click.echo(page)
+    next_step("open {}", page)
 
 
 @data.command("describe")
