@@ -1,5 +1,7 @@
 """From a YAML file to cells, and what they still need."""
 
+from dataclasses import replace
+
 import pytest
 
 import fake_stages
@@ -130,3 +132,15 @@ def test_plan_tells_done_from_missing(write, tmp_path):
     assert "1 fake/a/v1, 10 fake/b/v1" in text
     assert f"{third} failed: no room" in text
     assert Study.model_validate(study.model_dump()) == study
+
+
+def test_what_a_protocol_cannot_give_is_found_before_the_training(write, monkeypatch):
+    named = fake_stages.protocol("fake/a/v1")
+    short = replace(named, num_episodes=9)
+    monkeypatch.setattr(protocols, "protocol", lambda name: short)
+    with pytest.raises(UserError, match="10 episodes of fake/a/v1"):
+        load(write())
+    long = replace(named, execute=RunSpec().head.chunk + 1)
+    monkeypatch.setattr(protocols, "protocol", lambda name: long)
+    with pytest.raises(UserError, match=r"(?s)head\.chunk=6.*fake/a/v1\+execute=6"):
+        load(write())

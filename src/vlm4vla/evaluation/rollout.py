@@ -104,12 +104,7 @@ def evaluate(
         UserError: the protocol has fewer episodes or another definition in this store, another process evaluates the
             same, conventions differ, the simulator cannot be made, or the policy's actions cannot be executed.
     """
-    if protocol.num_episodes is not None and episodes > protocol.num_episodes:
-        raise UserError(
-            f"{episodes} episodes of {protocol.name}",
-            f"at most {protocol.num_episodes}: there are no more",
-            "ask for fewer",
-        )
+    protocol.check_episodes(episodes)
     film = _Film(strips, num_strips, video_folder, videos)
     lock = store.path.with_name(f"{store.path.name}.locks") / content_hash([run_id, protocol.name])
     with locked(lock, f"evaluation of {run_id} under {protocol.name}"):

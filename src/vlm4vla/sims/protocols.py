@@ -48,6 +48,11 @@ class Protocol:
         """Fields that are None are left out: a field that is added later changes no identity."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def check_episodes(self, episodes: int) -> None:
+        """Raises ``UserError`` where there are not so many."""
+        if self.num_episodes is not None and episodes > self.num_episodes:
+            raise UserError(f"{episodes} episodes of {self.name}", f"at most {self.num_episodes}", "ask for fewer")
+
 
 def _grinningface() -> list[Protocol]:
     """``grinningface/{level}[-{variant}]/{split}/{version}``.
@@ -157,4 +162,8 @@ def protocol(name: str) -> Protocol:
                 f"vlm4vla eval POLICY --protocol {plain}+execute=8",
             ) from None
     full = "+".join([plain, *(f"{key}={value:g}" for key, value in sorted(changes.items()))])
+    if full != name:  # one name for one protocol: results are filed under it
+        raise UserError(
+            f"the protocol {name}", f"its options once each, in order and shortest form: {full}", "name that"
+        )
     return replace(known[plain], name=full, **changes)

@@ -139,9 +139,16 @@ def load(path: Path | str) -> Study:
         UserError: naming what is wrong and the nearest names.
     """
     study = parse(Study, load_yaml(path), str(path))
-    study.cells()
+    shortest = min(cell.run.head.chunk for cell in study.cells())
     for name in study.evaluate.protocols:
-        protocols.protocol(name)
+        protocol = protocols.protocol(name)
+        protocol.check_episodes(max(study.evaluate.episodes, study.evaluate.curve_episodes))
+        if protocol.execute > shortest:  # found before the training, not after it
+            raise UserError(
+                f"head.chunk={shortest} in {path}",
+                f"at least the {protocol.execute} actions that {name} executes of each chunk",
+                f"set base.head.chunk, or evaluate under {name.partition('+')[0]}+execute={shortest}",
+            )
     return study
 
 
