@@ -127,7 +127,7 @@ def test_a_backbone_that_keeps_a_promise_badly_fails_the_check(folder, monkeypat
     monkeypatch.setattr(
         vlm.Backbone,
         "forward",
-        lambda self, inputs: plain(self, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}),
+        lambda self, inputs: plain(self, {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}),
     )
     checked = run("check", str(folder), "--image-size", "96", "--forward-only", "--device", "cpu")
     assert isinstance(checked.exception, UserError)

@@ -95,6 +95,8 @@ class Check:
         ours = inputs.pixels(self.inputs["images"])
         worst = 0.0
         for name, value in native.items():
+            if name == "attention_mask" and not inputs.family.keeps_mask:
+                continue
             if value.shape == native["input_ids"].shape:
                 there = native["attention_mask"].bool()  # whichever side the processor pads on
                 same = all(
@@ -131,7 +133,11 @@ class Check:
         last = ids[rows, position]
         ids[rows, position] = word
         inputs = {name: value for name, value in self.inputs.items() if name not in OURS}
-        inputs |= {"input_ids": ids, **self.backbone.inputs.pixels(self.inputs["images"])}
+        inputs |= {
+            "input_ids": ids,
+            "attention_mask": mask(self.inputs),
+            **self.backbone.inputs.pixels(self.inputs["images"]),
+        }
         with _word_is(self.backbone, word, last), _stock_attention(self.backbone):
             hidden = self.backbone.core(**inputs, use_cache=False).last_hidden_state[rows, position]
         return self._close(hidden.float(), self.hidden)
@@ -216,8 +222,15 @@ class Check:
         return difference <= TOLERANCE, f"differs by {difference:.1e} at most (allowed: {TOLERANCE:.0e})"
 
 
+def mask(inputs: dict[str, Tensor]) -> Tensor:
+    """int64 (B, L): 1 on the prompts and their queries, 0 on the padding after them."""
+    places = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
+    return (places <= inputs["query_position"][:, None]).long()
+
+
 def padded_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same right-padded inputs with each row's padding before it, as generation would have it."""
+    inputs = {**inputs, "attention_mask": mask(inputs)}
     shape, shift = inputs["input_ids"].shape, (inputs["attention_mask"] == 0).sum(1)
     places = torch.arange(shape[1], device=shift.device)
     source = (places - shift[:, None]) % shape[1]

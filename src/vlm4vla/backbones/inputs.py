@@ -89,6 +89,8 @@ class Inputs:
             name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=pad.get(name, 0))
             for name in rows[0]
         }
+        if not self.family.keeps_mask:
+            del batch["attention_mask"]
         if "position_ids" in batch:
             batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
         return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
@@ -101,7 +103,8 @@ class Inputs:
             images = enlarged.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         if self.family.embedded and images.shape[1:3] == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE):
             return {"pixel_values": tiny.pixels(images)}
-        self.rows("", *images.shape[1:3])  # finds out how the processor prepares pictures
+        if not self.image_names:
+            self.rows("", *images.shape[1:3])  # finds out how the processor prepares pictures
         options, processor = dict(self.image_options), self.processor.image_processor
         if isinstance(processor, TorchvisionBackend):
             pictures, options["device"] = images.permute(0, 3, 1, 2), images.device
