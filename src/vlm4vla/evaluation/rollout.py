@@ -9,7 +9,6 @@ The number of workers changes the time, and which observations share a batch: hi
 Shapes: H horizon, A action dimensions.
 """
 
-import platform
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
@@ -246,7 +245,7 @@ class _Evaluation:
     def _check_made(self, reply: Reply) -> None:
         convention = Convention.from_dict(reply.made["convention"])
         check_same(self.policy.convention, "the policy", convention, self.protocol.sim)
-        self.versions = {"vlm4vla": __version__, "python": platform.python_version(), **reply.made["versions"]}
+        self.versions = {"vlm4vla": __version__, **reply.made["versions"]}
 
     def _begin(self, worker: Worker, episode: int) -> None:
         self.running[worker] = Attempt(episode, started=time.monotonic())

@@ -20,6 +20,7 @@ parent dies.
 import contextlib
 import json
 import os
+import platform
 import signal
 import struct
 import subprocess
@@ -339,7 +340,8 @@ class Server:
         started = time.perf_counter()
         if do == "make":
             self.sim = sims.make(request["sim"], **request["kwargs"])
-            made = {"convention": self.sim.convention.to_dict(), "versions": sims.versions(self.sim)}
+            versions = {"python": platform.python_version(), **sims.versions(self.sim)}
+            made = {"convention": self.sim.convention.to_dict(), "versions": versions}
             return {"made": made, "seconds": {"make": time.perf_counter() - started}}, {}
         assert self.sim is not None, "make comes first"
         reply: dict[str, Any] = {}
