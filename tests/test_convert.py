@@ -394,6 +394,11 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
         convert(Counting(tmp_path / "log", size=18), out, 1, progress=False)
 
 
+def test_pictures_that_no_film_takes_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"demonstration 0: pictures of 15 x 15"):
+        convert(Counting(tmp_path / "log", size=15), tmp_path / "out", 1, progress=False)
+
+
 def test_a_data_set_that_no_demonstration_is_left_of_is_no_data_set(tmp_path, monkeypatch):
     source = Counting(tmp_path / "log")
     monkeypatch.setattr(source, "demonstrations", lambda shard: iter([Left("everything", 2)]))

@@ -96,6 +96,7 @@ def test_round_trip_of_any_shape(tmp_path_factory, lengths, size, states):
 def test_many_files_read_like_one(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "DATA_FILE_MB", 0)
     monkeypatch.setattr(writing, "CHUNK_FILES", 2)
+    monkeypatch.setattr(writing, "EPISODE_ROWS", 2)
     episodes = raw((3, 1, 4, 2, 5))
     write(tmp_path / "many", encoded(episodes), CONVENTION, {})
     dataset = Dataset.open(tmp_path / "many")

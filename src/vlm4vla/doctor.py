@@ -69,11 +69,11 @@ def installed(name: str) -> str | None:
         return None
 
 
-def package(name: str, extra: str) -> Callable[[], Finding]:
+def package(name: str, extra: str, needed: bool = True) -> Callable[[], Finding]:
     def check() -> Finding:
         mend = f"pip install 'vlm4vla[{extra}]'   (in the repository: make setup)"
         found = installed(name)
-        return Finding(name, found is not None, found or "not installed", mend)
+        return Finding(name, found is not None, found or "not installed", mend, needed)
 
     return check
 
@@ -180,6 +180,7 @@ CHECKS = (
     package("transformers", "train"),
     package("accelerate", "train"),
     package("mujoco", "grinningface"),
+    *(package(name, "data", needed=False) for name in ("av", "h5py", "google-crc32c", "huggingface_hub")),
     renderer,
     emoji_font,
     embedded_vlm,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DATA_FILE_MB, VIDEO_FILE_MB, CHUNK_FILES = 100, 200, 1000
 """lerobot's defaults: data files of about 100 MB, films of about 200, at most 1000 files in a chunk folder."""
+EPISODE_ROWS = 1000
+"""Episodes whose metadata is held as Python objects at a time."""
 ROWS = 65_536
 """Rows of a row group where pictures are in films: many episodes in one, so that millions of frames open quickly."""
 PNG_LEVEL = 1
@@ -152,7 +154,8 @@ class _Writer:
         self.features: dict[str, dict] = {}
         self.tasks: dict[str, int] = {}
         self.rows: list[dict] = []
-        self.num_frames = self.num_files = 0
+        self.tables: list[pa.Table] = []
+        self.num_frames = self.num_episodes = self.num_files = 0
         self.films: dict[str, tuple[Path, int]] = {}
         self.numbers: dict[str, list[np.ndarray]] = {}
         self.pixels: dict[str, np.ndarray] = {}
@@ -160,7 +163,7 @@ class _Writer:
         self.waiting: list[pa.Table] = []
 
     def add(self, episode: Episode) -> None:
-        length, index = len(episode.actions), len(self.rows)
+        length, index = len(episode.actions), self.num_episodes
         if (features := self.describe(episode)) != (self.features or features):
             raise UserError(f"episode {index} with {features}", f"{self.features}, as before", "record it again")
         self.features = features
@@ -198,11 +201,19 @@ class _Writer:
             row |= {f"videos/{IMAGE + camera}/{name}": value for name, value in zip(names, values, strict=True)}
         row |= {f"stats/{feature}/{key}": value for feature, s in statistics.items() for key, value in s.items()}
         self.rows.append(row)
+        if len(self.rows) == EPISODE_ROWS:
+            self.gather()
+        self.num_episodes += 1
         self.num_frames += length
         for name, values in numbers.items():
             self.numbers.setdefault(name, []).append(values)
         for name, counts in episode.pixels.items():
             self.pixels[name] = self.pixels.get(name, 0) + counts
+
+    def gather(self) -> None:
+        """Rows of Python objects become a compact table: statistics of 60,000 episodes are a gigabyte of objects."""
+        self.tables += [pa.Table.from_pylist(self.rows)] if self.rows else []
+        self.rows = []
 
     def describe(self, episode: Episode) -> dict[str, dict]:
         """lerobot's description of each column."""
@@ -291,7 +302,8 @@ class _Writer:
         return hints
 
     def write_meta(self, provenance: dict) -> None:
-        if not self.rows:
+        self.gather()
+        if not self.tables:
             raise UserError("no episode to write", "at least one", "check where the episodes come from")
         meta = self.root / "meta"
         numbers = {name: np.concatenate(values) for name, values in self.numbers.items()}
@@ -300,14 +312,14 @@ class _Writer:
         info = {
             "codebase_version": VERSION,
             "robot_type": None,
-            "total_episodes": len(self.rows),
+            "total_episodes": self.num_episodes,
             "total_frames": self.num_frames,
             "total_tasks": len(self.tasks),
             "chunks_size": CHUNK_FILES,
             "data_files_size_in_mb": DATA_FILE_MB,
             "video_files_size_in_mb": VIDEO_FILE_MB,
             "fps": self.fps,
-            "splits": {"train": f"0:{len(self.rows)}"},
+            "splits": {"train": f"0:{self.num_episodes}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.films else None,
             "features": self.features,
@@ -317,7 +329,7 @@ class _Writer:
         (meta / "stats.json").write_text(json.dumps(statistics, indent=4))
         episodes = meta / "episodes" / f"{FILE.format(chunk_index=0, file_index=0)}.parquet"
         episodes.parent.mkdir()
-        pq.write_table(pa.Table.from_pylist(self.rows), episodes)
+        pq.write_table(pa.concat_tables(self.tables), episodes)
         pq.write_table(tasks_table(list(self.tasks)), meta / "tasks.parquet")
 
 

@@ -251,6 +251,9 @@ def _wrong(item: Demonstration, convention: Convention) -> UserError | None:
         return _error(
             item, f"actions of {item.actions.shape[1:]}", f"{len(convention.names)} numbers: {convention.names}"
         )
+    for frames in item.images.values():
+        if frames.shape[1] % 2 or frames.shape[2] % 2:
+            return _error(item, f"pictures of {frames.shape[1]} x {frames.shape[2]}", "even sides, as films have them")
     for what, values in (("actions", item.actions), ("states", item.states)):
         if values is not None and not (finite := np.isfinite(values)).all():
             return _error(item, f"{what} with {(~finite).sum()} NaN or infinite numbers", "finite numbers")
