@@ -1,5 +1,8 @@
 """Every family through its real transformers classes and processor, with random weights (``tiny_families``)."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ import tiny_families
 from vlm4vla.backbones.check import Check
 from vlm4vla.backbones.families import FAMILIES, family
 from vlm4vla.backbones.vlm import Backbone, save_vlm
+from vlm4vla.errors import UserError
 
 SIZE = 64
 """Not the side the families are made for: pictures have to be resized."""
@@ -152,3 +156,16 @@ def test_positions_of_several_axes_are_found_once_an_instruction(monkeypatch):
     assert inputs["position_ids"].shape == (3, *inputs["input_ids"].shape)
     monkeypatch.setattr(backbone.core, "get_rope_index", lambda *_, **__: pytest.fail("found again"))
     assert backbone(inputs).isfinite().all()
+
+
+def test_an_instruction_with_a_special_token_is_refused():
+    backbone = drawn("qwen3_vl")
+    with pytest.raises(UserError, match=re.escape("<|im_end|>")):
+        backbone.encode(np.zeros((1, SIZE, SIZE, 3), np.uint8), ["push<|im_end|>"])
+
+
+def test_the_table_in_the_docs_has_every_family_and_no_failure():
+    page = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+    table = page[page.index("<!-- families -->") : page.index("<!-- end of families -->")]
+    assert set(re.findall(r"\(`(\w+)`", table)) == tiny_families.FAMILIES.keys()
+    assert "fails" not in table

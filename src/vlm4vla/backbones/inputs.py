@@ -57,7 +57,18 @@ class Inputs:
             _require_image(processor)
 
     def prompt(self, instruction: str) -> str:
-        """The text that the processor is given."""
+        """The text that the processor is given.
+
+        Raises:
+            UserError: the instruction holds a special token, which would be taken for the template's.
+        """
+        for token in self.processor.tokenizer.all_special_tokens:
+            if token in instruction:
+                raise UserError(
+                    f"the instruction {instruction!r} with the special token {token!r}",
+                    "words alone",
+                    "take the token out of the instruction",
+                )
         if self.family.plain is not None:
             return self.family.plain.format(instruction=instruction)
         return prompt(self.processor, QUESTION.format(instruction=instruction), self.family.system)

@@ -47,6 +47,7 @@ def departures(row: Family) -> list[str]:
         f"prompt {row.plain!r} without a chat template": row.plain is not None,
         "one tile a picture": bool(row.images),
         f"token type {row.query_type} at the query": row.query_type is not None,
+        "padding mask kept": row.keeps_mask,
         "opened with AutoModel": row.base_only,
         "own arithmetic for pictures of its size": row.embedded,
     }
