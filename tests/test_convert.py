@@ -1,7 +1,10 @@
 """Converters: raw data in the layouts of their projects, made by ``raw_data.py``."""
 
+import itertools
 import os
 import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import raw_data
+from vlm4vla.arguments import run_spec
+from vlm4vla.cli import cli
 from vlm4vla.convention import BRIDGE, CALVIN, LIBERO
 from vlm4vla.data.convert import base
 from vlm4vla.data.convert.base import Demonstration, Left, convert
@@ -211,6 +217,37 @@ def test_records_are_read_back_whatever_they_hold(tmp_path):
 def test_no_bytes_crash_the_parser(content):
     with suppress(ValueError, IndexError, KeyError):
         parse(content)
+
+
+def test_the_commands_convert_and_say_what_comes_next(tmp_path):
+    raw_data.calvin(tmp_path / "calvin")
+    raw_data.libero(tmp_path / "put_demo.hdf5", [np.c_[np.ones((3, 6)), [-1, 1, 1]]])
+    bridge(tmp_path / "bridge")
+    for command in (
+        ["calvin", tmp_path / "calvin"],
+        ["libero", tmp_path / "put_demo.hdf5", "--keep-noops"],
+        ["rlds", tmp_path / "bridge", "--mapping", "bridge"],
+    ):
+        out = tmp_path / f"out-{command[0]}"
+        done = CliRunner().invoke(cli, ["data", "convert", *map(str, command), "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        assert f"{out}: " in done.output
+        assert f"next: vlm4vla data inspect {out}" in done.output
+        told = CliRunner().invoke(cli, ["data", "inspect", str(out)])
+        assert f"vlm4vla train --data {out}" in told.output, told.output
+
+
+def test_the_documented_mapping_and_settings_are_valid(tmp_path):
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    mapping = load_mapping(str(tmp_path / "mine.yaml"))
+    assert mapping.meaning().control_hz == 10
+    commands = re.findall(r"^vlm4vla train ((?:.*\\\n)*.*)", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        settings = [value for option, value in itertools.pairwise(words) if option == "--set"]
+        run_spec(None, (f"data.folder={words[words.index('--data') + 1]}", *settings))
 
 
 # -- Bad input ---------------------------------------------------------------------------------------------------------
