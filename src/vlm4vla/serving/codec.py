@@ -60,8 +60,11 @@ def pack(value: Any, keys: Keys = "bytes") -> bytes:
     return message
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes, pictures: bool = True) -> Any:
     """One message -> plain values and arrays (views of ``data``'s copy, not writable). Takes both forms of arrays.
+
+    Args:
+        pictures: whether compressed ones are admitted. Without them decoding is a matter of microseconds.
 
     Raises:
         MalformedMessage: anything but the documented forms, or beyond the limits above.
@@ -92,24 +95,26 @@ def unpack(data: bytes) -> Any:
     # msgpack has no common base for what it raises on strange bytes; a defect of ours in `count` would show in tests.
     except Exception as error:
         raise MalformedMessage(f"not MessagePack within the limits ({type(error).__name__}: {error})") from None
-    return _decode(value, 0)
+    return _decode(value, 0, pictures)
 
 
-def _decode(value: Any, depth: int) -> Any:
+def _decode(value: Any, depth: int, pictures: bool) -> Any:
     if depth > MAX_DEPTH:
         raise MalformedMessage(f"nested deeper than {MAX_DEPTH}")
     if isinstance(value, list):
-        return [_decode(item, depth + 1) for item in value]
+        return [_decode(item, depth + 1, pictures) for item in value]
     if isinstance(value, dict):
         named = {key.decode("utf-8", "replace") if isinstance(key, bytes) else key: item for key, item in value.items()}
         if len(named) != len(value):
             raise MalformedMessage("a key twice, as bytes and as text")
         for marker, decode in (("__ndarray__", _array), ("__npgeneric__", _scalar), ("__image__", _picture)):
             if marker in named:
+                if decode is _picture and not pictures:
+                    raise MalformedMessage("a compressed picture, which this dialect does not have")
                 if named.pop(marker) is not True:
                     raise MalformedMessage(f"{marker} that is not true")
                 return decode(named)
-        return {key: _decode(item, depth + 1) for key, item in named.items()}
+        return {key: _decode(item, depth + 1, pictures) for key, item in named.items()}
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
     raise MalformedMessage(f"a {type(value).__name__}")  # a timestamp

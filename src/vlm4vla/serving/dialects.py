@@ -48,9 +48,9 @@ class Session(Protocol):
         ...
 
 
-def read(message: bytes) -> dict:
-    """Decode a message. Not on the event loop: pictures may have to be decompressed."""
-    value = unpack(message)
+def read(message: bytes, pictures: bool = False) -> dict:
+    """Decode a message; with compressed ``pictures`` not on the event loop."""
+    value = unpack(message, pictures)
     if not isinstance(value, dict):
         raise MalformedMessage(f"a message that is a {type(value).__name__}, not a dict")
     return value
@@ -81,7 +81,7 @@ class OpenPi:
 
     async def answer(self, message: bytes) -> bytes:
         started = time.perf_counter()
-        observation = await asyncio.to_thread(self._observation, message)
+        observation = await self._observation(message)
         asked = time.perf_counter()
         chunk = await self._act(observation)
         now = time.perf_counter()
@@ -93,13 +93,13 @@ class OpenPi:
         self._previous_ms = (now - started) * 1000
         return pack(reply)
 
-    def _observation(self, message: bytes) -> Observation:
+    async def _observation(self, message: bytes) -> Observation:
         values = read(message)
         state = values.get("observation/state")
         if state is None and "observation/joint_position" in values:  # DROID: seven joints and the gripper
             state = [values["observation/joint_position"], values.get("observation/gripper_position", [])]
         image = first(values, self.IMAGES, "the third-person picture")
-        return self._service.observation(image, values.get("prompt"), state)
+        return await self._service.observation(image, values.get("prompt"), state)
 
     def refusal(self, reason: str) -> tuple[str, bool]:
         return reason, True
@@ -132,7 +132,7 @@ class StarVLA:
 
     async def answer(self, message: bytes) -> bytes:
         self._about = {"type": "unknown", "request_id": "default"}
-        values = await asyncio.to_thread(read, message)
+        values = read(message)
         kind, request_id = values.pop("type", "infer"), values.pop("request_id", "default")
         if not isinstance(kind, str) or not isinstance(request_id, str | int):
             raise MalformedMessage("a type that is no text, or a request_id that is neither text nor number")
@@ -145,12 +145,12 @@ class StarVLA:
         request = values.pop("payload") if "payload" in values else values
         if not isinstance(request, dict):
             raise MalformedMessage("a payload that is not a dict")
-        observations = await asyncio.to_thread(self._observations, request)
+        observations = await asyncio.gather(*(self._observation(example) for example in self._examples(request)))
         chunks = await asyncio.gather(*(self._act(each) for each in observations))
         data = {"actions": np.stack([self._service.actions(chunk, self._service.form) for chunk in chunks])}
         return pack({"status": "ok", "ok": True, **self._about, "data": data})
 
-    def _observations(self, request: dict) -> list[Observation]:
+    def _examples(self, request: dict) -> list:
         examples, key = request.get("examples"), request.get("unnorm_key")
         unknown = request.keys() - self.SAMPLING - {"examples", "unnorm_key"}
         if unknown:
@@ -159,13 +159,13 @@ class StarVLA:
             raise UserError(f"unnorm_key {key!r:.80}", self._service.source.name, "leave it out")
         if not isinstance(examples, list) or not 0 < len(examples) <= self.MAX_EXAMPLES:
             raise UserError("no list of examples", f"1 to {self.MAX_EXAMPLES} examples", "send {examples: [...]}")
-        return [self._observation(example) for example in examples]
+        return examples
 
-    def _observation(self, example: Any) -> Observation:
+    async def _observation(self, example: Any) -> Observation:
         images = example.get("image") if isinstance(example, dict) else None
         if not isinstance(images, list) or not images:
             raise UserError("an example without pictures", "image: [third person, ...]", "send the camera's picture")
-        return self._service.observation(images[0], example.get("lang"), example.get("state"))
+        return await self._service.observation(images[0], example.get("lang"), example.get("state"))
 
     def refusal(self, reason: str) -> tuple[bytes, bool]:
         return pack({"status": "error", "ok": False, **self._about, "error": {"message": reason}}), False
@@ -203,7 +203,7 @@ class VlaEval:
 
     async def answer(self, message: bytes) -> bytes | None:
         self._seq = 0
-        frame = await asyncio.to_thread(read, message)
+        frame = await asyncio.to_thread(read, message, pictures=True)
         if missing := {"type", "payload", "seq", "timestamp"} - frame.keys():
             raise MalformedMessage(f"a frame without {sorted(missing)}")
         kind, payload, seq = frame["type"], frame["payload"], frame["seq"]
@@ -240,17 +240,17 @@ class VlaEval:
         if payload.get("episode_restart") is True:  # CALVIN: the next instruction of a chain
             self._left.clear()
         if not self._left:
-            observation = await asyncio.to_thread(self._observation, payload)
+            observation = await self._observation(payload)
             actions = self._service.actions(await self._act(observation), self._form)
             self._left.extend(actions[: self._service.execute or None])
         return self._left.popleft()
 
-    def _observation(self, payload: dict) -> Observation:
+    async def _observation(self, payload: dict) -> Observation:
         images, state = payload.get("images"), payload.get("states", payload.get("state"))
         if not isinstance(images, dict):
             raise UserError("an observation without images", "images by camera name", "send them")
         image = first(images, self.IMAGES, "the third-person picture")
-        return self._service.observation(image, payload.get("task_description"), state)
+        return await self._service.observation(image, payload.get("task_description"), state)
 
     def refusal(self, reason: str) -> tuple[bytes, bool]:
         self._left.clear()

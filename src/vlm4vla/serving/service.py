@@ -1,5 +1,6 @@
 """What all dialects share: the policy, how a client's picture becomes the policy's, and what is said about both."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Service:
     execute: int = 0
     """Actions of each chunk that are handed out one by one (vla-eval); 0: all."""
 
-    def observation(self, image: Any, instruction: Any, state: Any) -> Observation:
+    async def observation(self, image: Any, instruction: Any, state: Any) -> Observation:
         """A client's picture of the third-person camera, instruction and state -> what the policy sees."""
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -41,17 +42,18 @@ class Service:
             raise UserError(f"a picture of {image.shape}", "one with pixels", "look at the camera")
         if not isinstance(instruction, str) or not instruction.strip():
             raise UserError(f"the instruction {instruction!r:.80}", "a sentence", "send the task in words")
-        return Observation({"main": self._fit(image)}, instruction, self._state(state))
+        numbers = self._state(state)
+        if image.shape[:2] != (self.source.image_size, self.source.image_size):
+            image = await asyncio.to_thread(self._resized, image)
+        return Observation({"main": image}, instruction, numbers)
 
     def actions(self, chunk: ActionChunk, form_name: str) -> np.ndarray:
         """What is sent for a chunk: (H, A) float32 in the named form."""
         known = form(form_name)
         return chunk.actions if known is None else known.written(chunk.actions)
 
-    def _fit(self, image: np.ndarray) -> np.ndarray:
+    def _resized(self, image: np.ndarray) -> np.ndarray:
         size = self.source.image_size
-        if image.shape[:2] == (size, size):
-            return image
         if self.resize == "refuse":
             raise UserError(
                 f"a picture of {image.shape[0]} x {image.shape[1]} pixels",
