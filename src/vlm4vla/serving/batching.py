@@ -1,7 +1,8 @@
 """Requests of all connections -> batches of one policy. Inference has its own thread: the event loop stays free.
 
-While one batch is inferred the next one gathers; with nothing to do, a request is inferred at once. Nobody waits for a
-batch to fill unless ``max_wait_s`` says so.
+While one batch is inferred the next one gathers; with nothing to do, a request is inferred at once. Clients that ask
+again as soon as they are answered then share the policy in two halves, one waiting while the other is inferred; with
+``max_wait_s`` an idle policy waits for a batch to fill, and they come together.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ class Batcher:
 
     Args:
         max_batch: observations in one call of the policy at most.
-        max_wait_s: how long the first request of a batch waits for others while the policy is idle.
+        max_wait_s: how long an idle policy that has requests waits for a full batch.
     """
 
     def __init__(self, policy: BatchPolicy, max_batch: int = 16, max_wait_s: float = 0.0):
@@ -75,7 +76,7 @@ class Batcher:
 
     async def _gather(self) -> list[Request]:
         batch = [await self._queue.get()]
-        deadline = batch[0].arrived + self.max_wait_s
+        deadline = time.perf_counter() + self.max_wait_s
         while len(batch) < self.max_batch:
             if self._queue.empty():
                 left = deadline - time.perf_counter()

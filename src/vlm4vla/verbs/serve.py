@@ -19,7 +19,11 @@ from vlm4vla.verbs.shared import device_option, threads_option
 @click.option("--execute", type=click.IntRange(min=1), help="Actions of each chunk that vla-eval gets. [default: all]")
 @click.option("--max-batch", type=click.IntRange(1, 1024), default=16, show_default=True)
 @click.option(
-    "--max-wait-ms", type=click.FloatRange(0, 1000), default=0, show_default=True, help="For a batch to fill."
+    "--max-wait-ms",
+    type=click.FloatRange(0, 1000),
+    default=0,
+    show_default=True,
+    help="How long an idle policy waits for a full batch.",
 )
 @click.option("--max-message-mb", type=click.IntRange(1, 1024), default=16, show_default=True)
 @device_option
