@@ -192,6 +192,13 @@ def test_a_mapping_of_ones_own(tmp_path):
     assert (dataset.actions[:, 6] == (actions[:, 6] <= 0.5)).all()
     with pytest.raises(UserError, match="bridge, libero"):
         load_mapping("bridges")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(mine.read_text().replace("main:", "front:"))
+    with pytest.raises(UserError, match=r"cameras \['front'\]"):
+        load_mapping(str(mine))
+    mine.write_text(mine.read_text().replace("action:", "actions:"))
+    with pytest.raises(UserError, match=r"actions: unknown key \(nearest: action"):
+        load_mapping(str(mine))
 
 
 def test_records_are_read_back_whatever_they_hold(tmp_path):

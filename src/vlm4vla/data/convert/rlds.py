@@ -70,6 +70,8 @@ def load_mapping(name: str) -> Mapping:
         raise UserError(f"the mapping {name!r}", f"one of {', '.join(shipped)}, or a YAML file", "name one of them")
     mapping = parse(Mapping, load_yaml(path), str(path))
     mapping.meaning()
+    if "main" not in mapping.images:
+        raise UserError(f"{path} with the cameras {list(mapping.images)}", "one named main", f"rename one in {path}")
     return mapping
 
 
