@@ -12,6 +12,7 @@ SIMS = {
     "grinningface": "vlm4vla.sims.grinningface.env:GrinningFace",
     "calvin": "vlm4vla.sims.calvin:Calvin",
     "libero": "vlm4vla.sims.libero:Libero",
+    "simpler": "vlm4vla.sims.simpler:Simpler",
 }
 """Name -> ``module:Class``; imported on use, so that a simulator's packages are needed by its users only."""
 

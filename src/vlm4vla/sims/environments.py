@@ -40,10 +40,13 @@ class Environment:
     """The path inside the assets folder to which ``link`` points (``.``: the folder itself)."""
     must_hold: tuple[str, ...]
     """Paths by which an assets folder is recognised."""
-    source: str
-    """The hub data set (``owner/name``) or the Git repository (an https address) that holds the assets."""
+    source: str | None
+    """The hub data set (``owner/name``) or the Git repository (an https address) that holds the assets; None: the user
+    brings them (ManiSkill: ``python -m mani_skill.utils.download_asset``, which fills its ``MS_ASSET_DIR``)."""
     size: str
     licence: str
+    resolved: tuple[str, ...] = ()
+    """Packages to install with what they depend on: torch, whose build is the machine's."""
 
 
 ENVIRONMENTS = {
@@ -64,6 +67,16 @@ ENVIRONMENTS = {
         source="https://github.com/mees/calvin",
         size="45 MB with its submodule calvin_env",
         licence="MIT; the meshes of the arm Apache-2.0",
+    ),
+    "simpler": Environment(
+        pythons=((3, 11),),
+        link="maniskill_assets",
+        inside=".",
+        must_hold=("data/tasks/bridge_v2_real2sim_dataset/custom", "data/robots/widowx"),
+        source=None,
+        size="size not measured",
+        licence="none is stated for the scenes and objects",
+        resolved=("torch==2.13.0",),
     ),
 }
 
@@ -131,7 +144,10 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
             say(f"{target}: a virtual environment of {base}")
             _run([base, "-m", "venv", "--clear", str(target / "venv")])
         say(f"installing the packages of {_requirements(name).name}")
-        _run([str(_python(target)), "-m", "pip", "install", "-q", "--no-deps", "-r", str(_requirements(name))])
+        pip = [str(_python(target)), "-m", "pip", "install", "-q"]
+        if environment.resolved:
+            _run([*pip, *environment.resolved])
+        _run([*pip, "--no-deps", "-r", str(_requirements(name))])
         link = _site_packages(target) / environment.link
         found = _assets(name, assets, link, fetch, say)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -149,13 +165,19 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
     fetched = folder(name) / "assets"
     if given is None and link.is_dir():
         return link.resolve()
+    if given is None and environment.source is None:
+        raise UserError(
+            f"no assets for {name}, which cannot be fetched from one place",
+            f"a folder with {', '.join(environment.must_hold)} ({environment.size}; licence: {environment.licence})",
+            f"vlm4vla sims setup {name} --assets FOLDER   (docs/evaluation.md says how to get them)",
+        )
     if given is None and not fetch:
         raise UserError(
             f"no assets for {name}",
             f"a copy of {environment.source} ({environment.size}; licence: {environment.licence})",
             f"vlm4vla sims setup {name} --assets FOLDER, or let it be fetched: vlm4vla sims setup {name} --fetch",
         )
-    if given is None:
+    if given is None and environment.source is not None:
         say(f"fetching {environment.source} ({environment.size}; licence: {environment.licence})")
         try:
             _fetch(environment.source, fetched)
@@ -166,6 +188,7 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
                 f"run it again (it continues), or bring a copy: vlm4vla sims setup {name} --assets FOLDER",
             ) from error
         given = fetched
+    assert given is not None
     lacking = [path for path in environment.must_hold if not (given / path).exists()]
     if lacking:
         raise UserError(

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from vlm4vla.errors import UserError, nearest
-from vlm4vla.sims import calvin, libero
+from vlm4vla.sims import calvin, libero, simpler
 
 DEMO_SEED = 0
 """Demonstration ``i`` of a recording is episode seed ``DEMO_SEED + recording_seed * 1_000_000 + i`` (< 100 M)."""
@@ -129,9 +129,32 @@ def _calvin() -> list[Protocol]:
     ]
 
 
+def _simpler() -> list[Protocol]:
+    """``simpler_bridge/ms3/{task}/v1``, judged at the last step; ``.../{task}/any/v1``, ended by the first success."""
+    rules = {
+        "last": "the object is on its target after the last step (carrot, stack: and touches nothing else)",
+        "any": "the object is on its target after any step (carrot, stack: and touches nothing else), which ends it",
+    }
+    return [
+        Protocol(
+            name=f"simpler_bridge/ms3/{name}{'/any' if success == 'any' else ''}/v1",
+            sim="simpler",
+            sim_args={"task": name, "success": success},
+            first_seed=0,
+            max_steps=task.steps,
+            execute=4,
+            success_rule=rule,
+            num_episodes=simpler.NUM_EPISODES,
+            image="640 x 480 over the photograph, bicubic to the policy's square",
+        )
+        for name, task in simpler.TASKS.items()
+        for success, rule in rules.items()
+    ]
+
+
 @cache
 def _protocols() -> dict[str, Protocol]:
-    return {p.name: p for p in (*_grinningface(), *_libero(), *_calvin())}
+    return {p.name: p for p in (*_grinningface(), *_libero(), *_calvin(), *_simpler())}
 
 
 def protocol_names() -> list[str]:
