@@ -49,8 +49,8 @@ def calvin(folder, segments=((0, 4, "lift the red block"), (3, 6, "open the draw
     return actions
 
 
-def libero(path, actions, task="put the bowl on the plate", size=128):
-    """One task's file with a demonstration for each of ``actions`` (T, 7)."""
+def libero(path, actions, task="worded otherwise than the file's name", size=128):
+    """One task's file with a demonstration for each of ``actions`` (T, 7); ``task`` is what its BDDL file says."""
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["problem_info"] = json.dumps({"problem_name": "libero", "language_instruction": [f'"{task}"']})

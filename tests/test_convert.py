@@ -32,6 +32,7 @@ from vlm4vla.data.convert.tfrecord import examples, masked_crc, parse
 from vlm4vla.data.convert.unpickle import load_object_array
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.errors import UserError
+from vlm4vla.sims.libero import instruction as simulated_instruction
 
 LOSS = 4
 """Mean absolute difference by the codec, of 255."""
@@ -88,7 +89,7 @@ def test_libero(tmp_path):
     actions = [np.c_[rng.uniform(-1, 1, (t, 6)), np.repeat([-1, 1], [2, t - 2])] for t in (6, 5)]
     actions[0][3, :6] = 0  # nothing happens
     actions[1][2, :6] = 0  # the gripper closes
-    raw_data.libero(tmp_path / "put_demo.hdf5", actions)
+    raw_data.libero(tmp_path / "put_the_bowl_on_the_plate_demo.hdf5", actions)
     summary = convert(Libero(tmp_path), tmp_path / "out", 1, progress=False)
     assert (summary.episodes, summary.frames, summary.left_out) == (2, 10, {"steps without motion": 1})
     assert "left out: 1 steps without motion" in str(summary)
@@ -105,6 +106,28 @@ def test_libero(tmp_path):
         assert close(dataset.images(np.arange(10), camera), [raw_data.picture(f, 128, 128) for f in frames])
     everything = convert(Libero(tmp_path, keep_noops=True), tmp_path / "all", 1, progress=False)
     assert (everything.frames, everything.left_out) == (11, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    {
+        "pick_up_the_black_bowl_next_to_the_ramekin_and_place_it_on_the_plate": (
+            "pick up the black bowl next to the ramekin and place it on the plate"
+        ),
+        "pick_up_the_alphabet_soup_and_place_it_in_the_basket": "pick up the alphabet soup and place it in the basket",
+        "turn_on_the_stove": "turn on the stove",
+        "KITCHEN_SCENE3_turn_on_the_stove_and_put_the_moka_pot_on_it": ("turn on the stove and put the moka pot on it"),
+        "LIVING_ROOM_SCENE1_pick_up_the_ketchup_and_put_it_in_the_basket": (
+            "pick up the ketchup and put it in the basket"
+        ),
+    }.items(),
+)
+def test_libero_is_instructed_as_in_the_simulator(tmp_path, name, text):
+    """A task of each suite."""
+    raw_data.libero(tmp_path / f"{name}_demo.hdf5", [np.ones((2, 7))], size=16)
+    source = Libero(tmp_path)
+    (demonstration,) = source.demonstrations(source.shards()[0])
+    assert demonstration.task == simulated_instruction(name) == text
 
 
 def test_what_counts_as_no_motion():
@@ -334,7 +357,10 @@ def test_a_wrong_mapping_names_the_nearest_feature(tmp_path):
 
 
 def test_broken_hdf5_is_named(tmp_path):
-    raw_data.libero(tmp_path / "a_demo.hdf5", [np.ones((3, 7))])
+    raw_data.libero(tmp_path / "a.hdf5", [np.ones((3, 7))])
+    with pytest.raises(UserError, match=r"the name of .*a\.hdf5"):
+        Libero(tmp_path).shards()
+    (tmp_path / "a.hdf5").rename(tmp_path / "a_demo.hdf5")
     (tmp_path / "b_demo.hdf5").write_bytes((tmp_path / "a_demo.hdf5").read_bytes()[:900])
     with pytest.raises(UserError, match=r"b_demo\.hdf5: damaged or foreign"):
         Libero(tmp_path).shards()

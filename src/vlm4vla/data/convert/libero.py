@@ -1,15 +1,14 @@
 """LIBERO's HDF5 files (https://github.com/Lifelong-Robot-Learning/LIBERO), one a task.
 
-    data            attributes: problem_info (JSON with language_instruction)
     data/demo_0     actions (T, 7); obs/{agentview_rgb, eye_in_hand_rgb} (T, 128, 128, 3), upside down;
                     obs/{ee_pos (T, 3), ee_ori (T, 3), gripper_states (T, 2)}
 
 Pictures are turned by 180 degrees, as all published data sets and policies have them. Steps in which nothing happens
 are dropped by OpenVLA's rule. Its ``no_noops`` data sets are also rendered anew at 256 x 256 and without demonstrations
 whose replay fails: that needs the simulator, and is not done here. Raw gripper: -1 = open, 1 = closed.
+The instruction is that of the file name, as in the simulator; the file's own ``problem_info`` words many differently.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,12 @@ import numpy as np
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.convert.base import Demonstration, Left
 from vlm4vla.errors import UserError
+from vlm4vla.sims.libero import instruction
 
 CAMERAS = {"main": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 STATES = ("ee_pos", "ee_ori", "gripper_states")
+SUFFIX = "_demo"
+"""Of a file's name behind that of its task."""
 NOOP = 1e-4
 """Norm of the pose below which an action is none (OpenVLA's ``regenerate_libero_dataset.py``)."""
 DEMONSTRATIONS = 10
@@ -58,7 +60,7 @@ class Libero:
 
     def demonstrations(self, shard: Shard) -> Iterator[Demonstration | Left | UserError]:
         with _opened(shard.path) as file:
-            task = instruction(file["data"].attrs["problem_info"])
+            task = instruction(shard.path.stem.removesuffix(SUFFIX))
             for name in shard.names:
                 where = f"{shard.path}, {name}"
                 try:
@@ -82,6 +84,13 @@ class Libero:
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.hdf5"))
         if not files:
             raise UserError(f"no *.hdf5 in {self.path}", "LIBERO's demonstrations", "check the path")
+        for path in files:
+            if not path.stem.endswith(SUFFIX):
+                raise UserError(
+                    f"the name of {path}",
+                    f"TASK{SUFFIX}.hdf5, which the instruction is made of",
+                    "name it as LIBERO does",
+                )
         return files
 
 
@@ -97,18 +106,13 @@ def moves(actions: np.ndarray) -> np.ndarray:
     return keep
 
 
-def instruction(problem_info: str) -> str:
-    """The instruction in the attribute ``problem_info``, which holds it as text or in letters."""
-    return "".join(json.loads(problem_info)["language_instruction"]).strip().strip('"')
-
-
 def _opened(path: Path) -> Any:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise _damaged(str(path), error) from error
-    if "data" not in file or "problem_info" not in file["data"].attrs:
-        raise _damaged(str(path), KeyError("data with the attribute problem_info"))
+    if not isinstance(file.get("data"), h5py.Group):
+        raise _damaged(str(path), KeyError("the group data"))
     return file
 
 
