@@ -169,3 +169,8 @@ def test_the_table_in_the_docs_has_every_family_and_no_failure():
     table = page[page.index("<!-- families -->") : page.index("<!-- end of families -->")]
     assert set(re.findall(r"\(`(\w+)`", table)) == tiny_families.FAMILIES.keys()
     assert "fails" not in table
+
+
+@pytest.mark.parametrize(("name", "where"), [("smolvlm", "cpu"), ("idefics3", "cpu"), ("qwen3_vl", "cuda")])
+def test_a_lanczos_filter_is_left_to_the_cpu(name, where):
+    assert drawn(name).inputs.picture_device(torch.device("cuda")).type == where

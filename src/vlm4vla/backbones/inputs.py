@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_backends import TorchvisionBackend
@@ -116,9 +117,10 @@ class Inputs:
             return {"pixel_values": tiny.pixels(images)}
         if not self.image_names:
             self.rows("", *images.shape[1:3])  # finds out how the processor prepares pictures
-        options, processor = dict(self.image_options), self.processor.image_processor
-        if isinstance(processor, TorchvisionBackend):
-            pictures, options["device"] = images.permute(0, 3, 1, 2), images.device
+        options: dict[str, Any] = dict(self.image_options)
+        if isinstance(self.processor.image_processor, TorchvisionBackend):
+            options["device"] = self.picture_device(images.device)
+            pictures = images.to(options["device"]).permute(0, 3, 1, 2)
         else:
             pictures = images.cpu().numpy()
         made = self.processor.image_processor([[picture] for picture in pictures], **options)
@@ -129,16 +131,28 @@ class Inputs:
             if name in self.image_names
         }
 
+    def picture_device(self, device: torch.device) -> torch.device:
+        """Where pictures are prepared for a model on ``device``: there, except with a Lanczos filter.
+
+        A GPU has none (SmolVLM, Idefics3 ask for it), and transformers would take another one.
+        """
+        lanczos = getattr(self.processor.image_processor, "resample", None) == Image.Resampling.LANCZOS
+        return torch.device("cpu") if lanczos else device
+
     def _row(self, instruction: str, height: int, width: int) -> dict[str, Tensor]:
         """The unpadded prompt's (L,) tensors, the last token once more for the query.
 
         A copy of the last token, so that every family sees an ordinary text token there.
         """
         blank = np.zeros((height, width, 3), np.uint8)
-        with overhear(self.processor) as self.image_options:
+        if self.image_names:
             made = self.native([blank], [self.prompt(instruction)])
-        shape = made["input_ids"].shape
-        self.image_names = frozenset(name for name, value in made.items() if value.shape != shape)
+        else:  # only once: from then on one thread may make rows while another prepares pictures
+            with overhear(self.processor) as options:
+                made = self.native([blank], [self.prompt(instruction)])
+            shape = made["input_ids"].shape
+            self.image_options = options
+            self.image_names = frozenset(name for name, value in made.items() if value.shape != shape)
         row = {
             name: torch.cat([value[0], value[0, -1:]]) for name, value in made.items() if name not in self.image_names
         }
