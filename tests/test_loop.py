@@ -47,8 +47,11 @@ class Regression:
         self.step += 1
         return loss * (float("nan") if self.step - 1 == self.bad_step else 1.0), {"half": loss.detach() / 2}
 
-    def export(self, folder):
-        save_file(self.module.state_dict(), folder / "weights.safetensors")
+    def weight(self, batch):
+        return torch.tensor(len(batch["x"]))
+
+    def export(self, folder, state):
+        save_file(state, folder / "weights.safetensors")
 
 
 SPEC = TrainSpec(steps=40, batch_size=8, learning_rate=1e-2, warmup_steps=5, ema=0.9, checkpoints=2, schedule="cosine")
@@ -134,10 +137,10 @@ def test_one_training_into_a_folder_at_a_time(tmp_path):
     """The second would remove what the first is writing."""
 
     class Meanwhile(Regression):
-        def export(self, folder):
+        def export(self, folder, state):
             with pytest.raises(UserError, match=f"another process at work on this training .process {os.getpid()}"):
                 fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
-            super().export(folder)
+            super().export(folder, state)
 
     fit(Meanwhile(), SPEC, 0, tmp_path, QUIET, "x")
     assert (tmp_path / "policy").is_dir()

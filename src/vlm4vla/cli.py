@@ -25,12 +25,12 @@ from vlm4vla.verbs.shared import (
     device_option,
     next_step,
     out_option,
-    set_option,
     sim_python_option,
     threads_option,
     workers_option,
 )
 from vlm4vla.verbs.sims import sims
+from vlm4vla.verbs.train import train
 
 EXTRAS = {
     **dict.fromkeys(
@@ -41,7 +41,6 @@ EXTRAS = {
     **dict.fromkeys(("av", "google-crc32c", "h5py", "huggingface_hub"), "data"),
 }
 """What the base install leaves out, and the extra that brings it (``pyproject.toml``)."""
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -110,46 +109,7 @@ cli.add_command(data)
 # ------------------------------------------------------------------------------------------------------- train and eval
 
 
-@cli.command()
-@click.argument("run", type=FILE, required=False)
-@click.option("--data", "data_folder", type=FOLDER, help="Recorded demonstrations; else data.folder of RUN.")
-@out_option
-@set_option
-@device_option
-@threads_option
-@click.option("--tracker", "trackers", type=click.Choice(TRACKERS), multiple=True, help="Repeatable.")
-@click.option("--no-cache", "cache", flag_value=False, default=True, help="Decode pictures each time; keep no file.")
-def train(
-    run: Path | None,
-    data_folder: Path | None,
-    out: Path,
-    overrides: tuple[str, ...],
-    device: str,
-    threads: int,
-    trackers: tuple[str, ...],
-    cache: bool,
-) -> None:
-    """Train one policy as RUN (a YAML file of run keys) says; run again to resume."""
-    from vlm4vla.arguments import run_spec, runtime, trained_on, with_set
-
-    spec = run_spec(run, overrides)
-    if data_folder is None and spec.data.folder is None:
-        arguments = [*([str(run)] if run else []), *with_set(overrides), "--out", "runs/data"]
-        raise UserError(
-            "no demonstrations",
-            "--data FOLDER, or data.folder in the run's keys",
-            f"vlm4vla data record {shlex.join(arguments)}",
-        )
-    from vlm4vla.training.imitation import train as train_policy
-
-    folder = data_folder or Path(str(spec.data.folder))
-    true, protocol = trained_on(spec, folder)
-    if true != spec:
-        click.echo(f"{folder}: not what RUN's data section describes; the policy's spec names the folder", err=True)
-    train_policy(true, folder, out, runtime(device=device, threads=threads, trackers=trackers, cache=cache))
-    next_step("vlm4vla eval {} --protocol {}", out / "policy", protocol or "NAME")
-
-
+cli.add_command(train)
 cli.add_command(policy)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -118,9 +118,12 @@ class Policy:
             )
         return observation.state
 
-    def save(self, folder: Path) -> None:
-        """Write the policy folder (into an empty one; the caller makes it appear whole)."""
-        state = self.vla.state_dict()
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the policy folder (into an empty one; the caller makes it appear whole).
+
+        ``state`` takes the place of the weights of ``vla``: whole, where those are spread over several processes.
+        """
+        state = self.vla.state_dict() if state is None else state
         vlm_state = {name.removeprefix(VLM): value for name, value in state.items() if name.startswith(VLM)}
         _save_tensors(folder / ACTION, {name: state[name] for name in self.vla.new_parameters()})
         vlm = self.vla.backbone.vlm

@@ -266,6 +266,12 @@ class Runtime(Strict):
     """BLAS threads of this process."""
     checkpoint_s: float = Field(default=60.0, ge=0)
     """Seconds between training checkpoints."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts in which each process works through its share of a batch: less memory, the same batch."""
+    gradient_checkpointing: bool = False
+    """Layers' activations are computed once more on the way back instead of being kept: less memory, a third slower."""
+    shard: bool = False
+    """Spread weights, gradients and moments over the processes (FSDP2) instead of repeating them in each (DDP)."""
     trackers: tuple[str, ...] = ()
     """``tensorboard``, ``wandb``, ``trackio``, through accelerate; the JSONL file is always written."""
     cache: bool = True

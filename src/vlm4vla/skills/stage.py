@@ -10,6 +10,7 @@
 B batch, N image tokens, L sequence, D hidden size, Q questions of a scene.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,11 @@ class Stage:
         right = (logits.argmax(-1) == labels).float().mean()
         return answer + ALIGN_WEIGHT * align, parts | {"loss_answer": answer.detach(), "answer_accuracy": right}
 
-    def export(self, folder: Path) -> None:
-        save_vlm(self.vlm, self.processor, folder)
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.tensor(len(batch["cells"]))
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        save_vlm(self.vlm, self.processor, folder, {n[4:]: v for n, v in state.items() if n.startswith("vlm.")})
 
     def _tokens(self, question: str, answer: str) -> tuple[list[int], int]:
         """Ids of question, ``<answer>``, answer and ``<eos>``, and the length of the part before the answer."""

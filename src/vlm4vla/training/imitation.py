@@ -1,5 +1,6 @@
 """Imitation learning of a policy: the objective behind ``vlm4vla train``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Imitation:
         self.module: nn.Module = policy.vla
         self.num_samples = dataset.num_frames
         self.pictures = pictures(dataset, policy.image_size, cached)
+        # Once, before batches are made in a thread: a tokenizer may not be used by two threads at a time.
+        self.vla.backbone.inputs.rows("", policy.image_size, policy.image_size)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         vlm = self.vla.backbone.vlm
@@ -61,8 +64,11 @@ class Imitation:
         pose, gripper = self.vla(inputs, batch.get("state"))
         return action_loss(pose, gripper, batch["target"], batch["valid"], self.spec.head.gripper_weight)
 
-    def export(self, folder: Path) -> None:
-        self.policy.save(folder)
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["valid"].sum()
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        self.policy.save(folder, state)
 
 
 def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None:
@@ -94,6 +100,8 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
         "frames": dataset.num_frames,
         "fraction_clipped": actions.fraction_clipped(dataset.actions),
     }
+    if runtime.gradient_checkpointing:
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
     state = Normalizer.fit(dataset.states, gripper=False) if spec.proprioception else None
     size = spec.data.image_size or dataset.image_size
     policy = Policy(vla, spec, dataset.convention, actions, state, size, card)

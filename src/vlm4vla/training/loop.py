@@ -7,9 +7,12 @@ and a run that is killed at any moment and started again ends with the weights o
 
 import json
 import math
+import os
 import shlex
-import shutil
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -18,17 +21,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm4vla.errors import UserError
-from vlm4vla.files import write_text
+from vlm4vla.files import new_folder, write_text
 from vlm4vla.locks import locked
 from vlm4vla.metrics import read_metrics
 from vlm4vla.policy import torch_device
 from vlm4vla.spec import Runtime, TrainSpec
-from vlm4vla.training import checkpoint
+from vlm4vla.training import checkpoint, processes
 
 LOG_EVERY = 10
 """Steps between rows of ``metrics.jsonl``; the device is synchronised only then."""
@@ -51,116 +54,200 @@ class Objective(Protocol):
         ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The samples (B,) as named tensors on the CPU."""
+        """The samples (B,) as named tensors on the CPU. Called in a thread; one draw of ``rng`` a sample."""
         ...
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss, and detached scalars worth logging."""
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write what the training was for into an empty folder."""
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """How much of ``batch`` its loss is the mean of: a batch's parts are weighed by it."""
+        ...
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write what the training was for into an empty folder; ``state`` is the module's, to be used for its own."""
         ...
 
 
 def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
     """Train to ``spec.steps`` and export to ``out/policy``; start again to resume.
 
-    Writes ``metrics.jsonl`` (one row each ``LOG_EVERY`` steps), ``checkpoint.safetensors`` (until it is finished),
+    Writes ``metrics.jsonl`` (one row each ``LOG_EVERY`` steps), ``checkpoint*.safetensors`` (until it is finished),
     ``policies/step-*`` (where ``spec.checkpoints`` > 1) and at last ``policy``, with what it is of in
-    ``finished.json``.
+    ``finished.json``. Started by ``torchrun`` or ``accelerate launch``, its processes share each batch; their number
+    may change from one start to the next.
 
     Args:
         identity: what this training is of; a checkpoint or policy of another one in ``out`` is refused.
 
     Raises:
         UserError: loss, gradient or weights are not finite (the batch is saved), ``out`` belongs to another run, or
-            another process trains into it, or device or tracker is not there.
+            another process trains into it, or device or tracker is not there, or a batch cannot be shared evenly.
     """
-    with locked(out / "training.lock", "training"):
+    accelerator = _accelerator(torch_device(runtime.device), spec, runtime, out)
+    alone = locked(out / "training.lock", "training") if accelerator.is_main_process else nullcontext()
+    with alone:
+        accelerator.wait_for_everyone()
         if (out / "policy").is_dir():
             _require_same(out, identity)
         else:
-            _fit(objective, spec, seed, out, runtime, identity)
-        (out / checkpoint.NAME).unlink(missing_ok=True)  # three times the weights, and of no more use
+            _fit(objective, spec, seed, out, runtime, identity, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            checkpoint.remove(out)
+    accelerator.end_training()
 
 
-def _fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Runtime, identity: str) -> None:
-    accelerator = _accelerator(torch_device(runtime.device), spec, runtime, out)
+class Step(nn.Module):
+    """The loss as a module's forward pass: what DDP wraps."""
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.module, self.objective = objective.module, objective
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(batch)
+
+
+def _fit(
+    objective: Objective,
+    spec: TrainSpec,
+    seed: int,
+    out: Path,
+    runtime: Runtime,
+    identity: str,
+    accelerator: Accelerator,
+) -> None:
+    device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
+    parts = accelerator.num_processes * runtime.accumulate
+    if spec.batch_size % parts:
+        raise UserError(
+            f"a batch of {spec.batch_size} for {accelerator.num_processes} processes x {runtime.accumulate} parts",
+            "a batch that they can share evenly",
+            "choose another number of processes, or another --accumulate",
+        )
+    mine = range(rank * runtime.accumulate, (rank + 1) * runtime.accumulate)
     if runtime.trackers:
         accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
-    groups = objective.parameter_groups()
-    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    module, optimizer = accelerator.prepare(objective.module, optimizer)
+    objective.module.to(device)
+    if runtime.shard:
+        processes.shard(objective.module, device, accelerator.num_processes, spec.precision == "bf16")
+    model = accelerator.prepare_model(Step(objective), evaluation_mode=runtime.shard)  # evaluation: no DDP around it
+    groups, fused = objective.parameter_groups(), True if device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=fused)
     trained = {name: p for name, p in objective.module.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()} if spec.ema else {}
-    done = checkpoint.load(out, trained, average, optimizer.optimizer, identity)
-    metrics = Metrics(out / "metrics.jsonl", done)
+    done = checkpoint.load(out, trained, average, optimizer, identity)
+    metrics = Metrics(out / "metrics.jsonl", done) if main else None
     exports = {round(spec.steps * (i + 1) / spec.checkpoints) for i in range(spec.checkpoints)}
 
-    module.train()
-    saved_at, window_start, pending = time.monotonic(), time.monotonic(), []
-    bar = tqdm(total=spec.steps, initial=done, unit="step", desc=out.name, disable=not runtime.progress)
-    for step in range(done, spec.steps):
-        batch = make_batch(objective, spec, seed, step)
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        torch.manual_seed(seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(spec, step) * group["lr_scale"]
-        with accelerator.autocast():
-            loss, parts = objective.loss(batch)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(trained.values(), spec.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            decay = min(spec.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for name, value in average.items():
-                    value.lerp_(trained[name], 1 - decay)
-        pending.append({"loss": loss.detach(), "grad_norm": norm, **parts})
-        bar.update()
+    def batches(step: int) -> list[dict[str, Tensor]]:
+        made = [make_batch(objective, spec, seed, step, part, parts) for part in mine]
+        return [{k: v.pin_memory() if device.type == "cuda" else v for k, v in batch.items()} for batch in made]
 
-        last = step + 1 == spec.steps
-        if (step + 1) % LOG_EVERY == 0 or last or step + 1 in exports:
-            rows = {name: torch.stack([row[name] for row in pending]).float().cpu() for name in pending[0]}
-            finite = {name: rows[name].isfinite() for name in ("loss", "grad_norm")}
-            bad = (~(finite["loss"] & finite["grad_norm"])).nonzero()
-            if len(bad):
-                what = "gradient" if finite["loss"][bad[0]] else "loss"
-                _stop(what, objective, spec, seed, step + 1 - len(pending) + int(bad[0]), out)
-            seconds = time.monotonic() - window_start
-            row = {name: round(float(values.mean()), 6) for name, values in rows.items()}
-            row |= {
-                "lr": learning_rate(spec, step),
-                "samples_per_s": round(len(pending) * spec.batch_size / seconds, 1),
-            }
-            metrics.write(step + 1, row)
-            accelerator.log(row, step=step + 1)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['samples_per_s']:.0f}/s")
-            window_start, pending = time.monotonic(), []
-            keep = last or step + 1 in exports or time.monotonic() - saved_at > runtime.checkpoint_s
-            if keep and not all(value.isfinite().all() for value in (*trained.values(), *average.values())):
-                _stop("weights", objective, spec, seed, step, out)
-            if step + 1 in exports and not last:
-                # Before the checkpoint: who goes on after it does not come by here again.
-                _export(objective, trained, average, out / "policies" / f"step-{step + 1:06d}")
-            if keep:
-                checkpoint.save(out, step + 1, trained, average, optimizer.optimizer, identity)
-                saved_at = time.monotonic()
+    model.train()
+    saved_at, window_start, waited, pending = time.monotonic(), time.monotonic(), 0.0, []
+    shown = runtime.progress and main
+    bar = tqdm(total=spec.steps, initial=done, unit="step", desc=out.name, disable=not shown)
+    with processes.ahead(batches, range(done, spec.steps)) as coming:
+        for step in range(done, spec.steps):
+            started = time.monotonic()
+            micro = next(coming)
+            waited += time.monotonic() - started
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(spec, step) * group["lr_scale"]
+            shares = _shares(objective, micro, accelerator) if parts > 1 else [None]
+            logged = []
+            for part, batch, share in zip(mine, micro, shares, strict=True):
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                torch.manual_seed(seed * 1_000_003 + step + (part << 40))  # dropout: each part its own
+                with nullcontext() if part == mine[-1] else accelerator.no_sync(model):
+                    with accelerator.autocast():
+                        loss, terms = model(batch)
+                    # Gradients are averaged over the processes, and shares add up to one over all of them.
+                    accelerator.backward(loss if share is None else loss * (share * accelerator.num_processes))
+                row = {"loss": loss.detach(), **terms}
+                logged.append(row if share is None else {name: value * share for name, value in row.items()})
+            norm = processes.whole(torch.nn.utils.clip_grad_norm_(trained.values(), spec.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            if average:
+                decay = min(spec.ema, (1 + step) / (10 + step))
+                with torch.no_grad():
+                    for name, value in average.items():
+                        value.lerp_(trained[name], 1 - decay)
+            terms = {name: torch.stack([row[name] for row in logged]).sum(0) for name in logged[0]}
+            pending.append((terms, norm))
+            bar.update()
+
+            last = step + 1 == spec.steps
+            if (step + 1) % LOG_EVERY == 0 or last or step + 1 in exports:
+                rows = {name: torch.stack([row[name] for row, _ in pending]).float() for name in terms}
+                if accelerator.num_processes > 1:
+                    rows = {name: accelerator.reduce(values, "sum") for name, values in rows.items()}
+                rows = {name: values.cpu() for name, values in rows.items()}
+                rows["grad_norm"] = torch.stack([value for _, value in pending]).float().cpu()
+                finite = {name: rows[name].isfinite() for name in ("loss", "grad_norm")}
+                bad = (~(finite["loss"] & finite["grad_norm"])).nonzero()
+                if len(bad):
+                    what = "gradient" if finite["loss"][bad[0]] else "loss"
+                    _stop(what, objective, spec, seed, step + 1 - len(pending) + int(bad[0]), out, main)
+                seconds = time.monotonic() - window_start
+                row = {name: round(float(values.mean()), 6) for name, values in rows.items()}
+                row |= {
+                    "lr": learning_rate(spec, step),
+                    "samples_per_s": round(len(pending) * spec.batch_size / seconds, 1),
+                    "data_wait": round(waited / seconds, 4),
+                }
+                if metrics:
+                    metrics.write(step + 1, row)
+                accelerator.log(row, step=step + 1)
+                bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['samples_per_s']:.0f}/s")
+                since = accelerator.reduce(torch.tensor(time.monotonic() - saved_at, device=device), "mean")
+                window_start, waited, pending = time.monotonic(), 0.0, []
+                keep = last or step + 1 in exports or float(since) > runtime.checkpoint_s
+                values = (processes.local(value) for value in (*trained.values(), *average.values()))
+                if keep and not all(value.isfinite().all() for value in values):
+                    _stop("weights", objective, spec, seed, step, out, main)
+                if step + 1 in exports and not last:
+                    # Before the checkpoint: who goes on after it does not come by here again.
+                    _export(objective, average, out / "policies" / f"step-{step + 1:06d}", main)
+                if keep:
+                    everyone = accelerator.wait_for_everyone
+                    checkpoint.save(out, step + 1, trained, average, optimizer, identity, rank, everyone)
+                    saved_at = time.monotonic()
     bar.close()
-    accelerator.end_training()
-    write_text(out / FINISHED, json.dumps({"identity": identity}))
-    _export(objective, trained, average, out / "policy")
+    if main:
+        write_text(out / FINISHED, json.dumps({"identity": identity}))
+    _export(objective, average, out / "policy", main)
 
 
-def make_batch(objective: Objective, spec: TrainSpec, seed: int, step: int) -> dict[str, Tensor]:
-    """The batch of a step: consecutive samples of seeded permutations, one permutation an epoch."""
+def _shares(objective: Objective, micro: list[dict[str, Tensor]], accelerator: Accelerator) -> list[Tensor]:
+    """What each of this process's parts counts in the batch's loss, which is a mean over all parts together."""
+    weights = torch.stack([objective.weight(batch).float() for batch in micro]).to(accelerator.device)
+    total = accelerator.reduce(weights.sum(), "sum")
+    return list(weights / total)
+
+
+def make_batch(
+    objective: Objective, spec: TrainSpec, seed: int, step: int, part: int = 0, parts: int = 1
+) -> dict[str, Tensor]:
+    """One of ``parts`` of a step's batch: consecutive samples of seeded permutations, one permutation an epoch."""
     positions = np.arange(step * spec.batch_size, (step + 1) * spec.batch_size)
-    epochs = positions // objective.num_samples
-    orders = {e: np.random.default_rng((seed, 0, e)).permutation(objective.num_samples) for e in np.unique(epochs)}
-    indices = np.array([orders[e][p % objective.num_samples] for e, p in zip(epochs, positions, strict=True)])
-    return objective.batch(indices, np.random.default_rng((seed, 1, step)))
+    size = spec.batch_size // parts
+    rng: Any = np.random.default_rng((seed, 1, step))
+    if parts > 1:
+        rows = slice(part * size, (part + 1) * size)
+        positions, rng = positions[rows], processes.PartOf(rng, spec.batch_size, rows)
+    number = objective.num_samples
+    indices = np.array([_order(seed, int(p // number), number)[p % number] for p in positions])
+    return objective.batch(indices, rng)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, number: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(number)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
@@ -191,9 +278,13 @@ def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: P
         what = ", ".join(sorted(missing))
         raise UserError(f"no tracker {what} installed", "an installed tracker, or none", f"pip install {what}")
     AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     with patch_environment(accelerate_torch_device=str(device)):
         return Accelerator(
             cpu=device.type == "cpu",
+            # Some VLMs have parameters that no forward pass reaches (LLaVA's last vision layer).
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
             mixed_precision="bf16" if spec.precision == "bf16" else "no",
             log_with=list(runtime.trackers) or None,
             project_dir=out,
@@ -213,25 +304,18 @@ def _require_same(out: Path, identity: str) -> None:
         )
 
 
-def _export(objective: Objective, trained: dict[str, nn.Parameter], average: dict[str, Tensor], folder: Path) -> None:
-    """Export with the averaged weights in place; the folder appears whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    for stale in (partial, folder):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with torch.no_grad():
-        kept = {name: trained[name].detach().clone() for name in average}
-        for name, value in average.items():
-            trained[name].copy_(value)
-        objective.export(partial)
-        for name, value in kept.items():
-            trained[name].copy_(value)
-    partial.rename(folder)
+def _export(objective: Objective, average: dict[str, Tensor], folder: Path, main: bool) -> None:
+    """Export the averaged weights where there are any; the folder appears whole or not at all."""
+    state = processes.whole_state(objective.module, average, main)
+    if main:
+        with new_folder(folder) as partial:
+            objective.export(partial, state)
 
 
-def _stop(what: str, objective: Objective, spec: TrainSpec, seed: int, step: int, out: Path) -> NoReturn:
+def _stop(what: str, objective: Objective, spec: TrainSpec, seed: int, step: int, out: Path, main: bool) -> NoReturn:
     path = out / f"bad-batch-{step:06d}.safetensors"
-    checkpoint.save_tensors(path, make_batch(objective, spec, seed, step), {"step": str(step)})
+    if main:
+        checkpoint.save_tensors(path, make_batch(objective, spec, seed, step), {"step": str(step)})
     raise UserError(
         f"{what} not finite at step {step}, whose batch is in {path}",
         "finite loss, gradient and weights",

@@ -1,0 +1,181 @@
+"""One training by several processes (gloo): the losses and weights of one process, also when killed and resumed."""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from test_imitation import demonstrations
+from vlm4vla.backbones import tiny
+from vlm4vla.backbones.vlm import save_vlm
+from vlm4vla.errors import UserError
+from vlm4vla.metrics import read_metrics
+from vlm4vla.skills.questions import words
+from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, Runtime, TrainSpec
+from vlm4vla.training import checkpoint, imitation, loop, processes
+
+QUIET = Runtime(device="cpu", progress=False, checkpoint_s=0)
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
+"""Sums over a batch are taken in another order; Adam makes of a difference in the last digit one of its step size where
+a gradient is next to nothing, so weights are compared by the share that agrees."""
+STEPS, STOP = 4, 2
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    save_vlm(*tiny.build(["cat"], words(), 0), folder / "vlm")
+    training = TrainSpec(steps=STEPS, batch_size=4, warmup_steps=0, learning_rate=1e-3, ema=0.5)
+    spec = RunSpec(backbone=str(folder / "vlm"), data=DataSpec(folder="x"), training=training, head=HeadSpec(hidden=16))
+    return spec, demonstrations(folder / "demos")
+
+
+def together(number, target, *arguments):
+    """Run ``target`` in ``number`` processes as torchrun would; forked, for torch takes seconds to import."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        faulthandler.dump_traceback_later(90)
+        try:
+            target(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=child, args=(rank,)) for rank in range(number)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def run(job, out, stop=None, **changes):
+    """The training of ``job`` with a row and a checkpoint each step, ended before step ``stop``."""
+    spec, demos = job
+    original, calls = imitation.Imitation.loss, []
+
+    def loss(self, batch):
+        calls.append(1)
+        if stop is not None and len(calls) > stop:
+            os._exit(9)  # as a kill: nothing is put in order
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        patch.setattr(imitation.Imitation, "loss", loss)
+        imitation.train(spec, demos, out, QUIET.model_copy(update=changes))
+
+
+@pytest.fixture(scope="module")
+def alone(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    run(job, out)
+    return out
+
+
+def assert_same(a, b):
+    """Losses and gradient norms of every step, and the policies."""
+    for name in ("loss", "loss_pose", "grad_norm"):
+        values = [[row[name] for row in read_metrics(out / "metrics.jsonl")] for out in (a, b)]
+        assert len(values[0]) == STEPS
+        np.testing.assert_allclose(values[0], values[1], rtol=1e-4, atol=2e-6)  # six digits are written
+    for file in ("action.safetensors", "vlm/model.safetensors"):
+        first, second = (load_file(out / "policy" / file) for out in (a, b))
+        assert first.keys() == second.keys()
+        close = [torch.isclose(first[name], second[name], **TOLERANCE).float().mean() for name in first]
+        assert min(close) > 0.98, file
+    assert not list(b.glob("checkpoint*"))
+
+
+def test_a_batch_in_parts_is_the_same_batch(job, alone, tmp_path):
+    run(job, tmp_path, accumulate=2)
+    assert_same(alone, tmp_path)
+
+
+def test_gradient_checkpointing_changes_nothing(job, alone, tmp_path):
+    run(job, tmp_path, gradient_checkpointing=True)
+    assert_same(alone, tmp_path)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_what_one_trains(job, alone, tmp_path, shard):
+    assert together(2, lambda: run(job, tmp_path, shard=shard)) == [0, 0]
+    assert_same(alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_killed_it_goes_on_with_another_number_of_processes(job, alone, tmp_path, before, after, shard):
+    spec, demos = job
+    job = spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": 12})}), demos
+    run(job, tmp_path / "alone")
+    parts = tmp_path / "parts"
+    assert set(together(before, lambda: run(job, parts, stop=STOP, shard=shard))) == {9}
+    assert len(list(parts.glob("checkpoint*.safetensors"))) == (before if shard else 1)
+    assert together(after, lambda: run(job, parts, shard=shard)) == [0] * after
+    assert_same(tmp_path / "alone", parts)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(job, tmp_path):
+    with pytest.raises(UserError, match="a batch of 4 for 1 processes x 3 parts"):
+        run(job, tmp_path, accumulate=3)
+
+
+def test_parts_draw_what_the_whole_draws():
+    whole = np.random.default_rng(1)
+    parts = [processes.PartOf(np.random.default_rng(1), 6, slice(at, at + 2)) for at in (0, 2, 4)]
+    for draw in (
+        lambda rng, count: rng.uniform(0, 1, (count, 1, 3)),
+        lambda rng, count: rng.uniform(0, 1, count),
+        lambda rng, count: rng.integers(-3, 4, (count, 2)),
+        lambda rng, count: rng.normal(size=(count, 2)),
+    ):
+        assert np.array_equal(draw(whole, 6), np.concatenate([draw(part, 2) for part in parts]))
+    with pytest.raises(AssertionError, match="one draw a sample"):
+        parts[0].uniform(0, 1, (1, 3))
+
+
+def test_batches_are_made_ahead_in_order_and_an_error_is_not_lost():
+    made = []
+
+    def make(step):
+        made.append(step)
+        if step == 5:
+            raise ValueError("no batch")
+        return step
+
+    with processes.ahead(make, range(2, 9)) as coming:
+        assert [next(coming) for _ in range(3)] == [2, 3, 4]
+        with pytest.raises(ValueError, match="no batch"):
+            next(coming)
+    assert made[:4] == [2, 3, 4, 5]
+    with processes.ahead(make, range(3, 3)) as coming:
+        assert list(coming) == []
+
+
+def test_a_parameter_that_no_gradient_reached_is_kept_and_resumed(tmp_path):
+    """LLaVA's vision encoder has a last layer that its projector does not read."""
+    module = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    trained = dict(module.named_parameters())
+    optimizer = torch.optim.AdamW(trained.values())
+    module["used"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, trained, {}, optimizer, "x")
+    again = torch.optim.AdamW(trained.values())
+    assert checkpoint.load(tmp_path, trained, {}, again, "x") == 1
+    assert again.state_dict()["state"].keys() == {0, 1}
