@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import fake_sim
+from vlm4vla.audit import Audit
 
 
 def note(folder: Path, text: str) -> None:
@@ -108,6 +109,7 @@ def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
         "vlm4vla.data.lerobot": {"Dataset": Dataset},
         "vlm4vla.data.record": {"record": record},
         "vlm4vla.training.imitation": {"train": train},
+        "vlm4vla.training.examine": {"examine": lambda spec, size: Audit({"prompt": spec.backbone}, {"size": size})},
         "vlm4vla.policy": {"Policy": Policy},
         "torch": {"set_num_threads": lambda threads: None},
     }.items():

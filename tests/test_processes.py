@@ -1,9 +1,11 @@
 """One training by several processes (gloo): the losses and weights of one process, also when killed and resumed."""
 
-import faulthandler
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
 
 import numpy as np
@@ -37,16 +39,19 @@ def job(tmp_path_factory):
     return spec, demonstrations(folder / "demos")
 
 
-def together(number, target, *arguments):
-    """Run ``target`` in ``number`` processes as torchrun would; forked, for torch takes seconds to import."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def together(number, target, *arguments):
+    """Run ``target`` in ``number`` processes as torchrun would; forked, for torch takes seconds to import."""
+    port = free_port()
 
     def child(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        faulthandler.dump_traceback_later(90)
         try:
             target(*arguments)
         except BaseException:
@@ -61,6 +66,29 @@ def together(number, target, *arguments):
     for process in started:
         process.join(120)
     return [process.exitcode for process in started]
+
+
+def launched(number, job, out, **options):
+    """``run`` in ``number`` processes started from nothing, as torchrun starts them; their exit codes."""
+    values = [job[0].model_dump_json(), str(job[1]), str(out), json.dumps(options)]
+    code = (
+        "import json, sys; from pathlib import Path; from test_processes import RunSpec, run;"
+        "job = RunSpec.model_validate_json(sys.argv[1]), Path(sys.argv[2]);"
+        "run(job, Path(sys.argv[3]), **json.loads(sys.argv[4]))"
+    )
+    environment = {**os.environ, "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *values], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(number)
+    ]
+    try:
+        return [process.wait(300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def run(job, out, stop=None, **changes):
@@ -125,9 +153,9 @@ def test_killed_it_goes_on_with_another_number_of_processes(job, alone, tmp_path
     job = spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": 12})}), demos
     run(job, tmp_path / "alone")
     parts = tmp_path / "parts"
-    assert set(together(before, lambda: run(job, parts, stop=STOP, shard=shard))) == {9}
+    assert set(launched(before, job, parts, stop=STOP, shard=shard)) == {9}
     assert len(list(parts.glob("checkpoint*.safetensors"))) == (before if shard else 1)
-    assert together(after, lambda: run(job, parts, shard=shard)) == [0] * after
+    assert launched(after, job, parts, shard=shard) == [0] * after
     assert_same(tmp_path / "alone", parts)
 
 

@@ -273,7 +273,7 @@ def test_versions_are_of_all_episodes_and_several_are_said(study_folder):
 
 def test_the_seed_of_the_data_is_not_taken_for_the_training_seed():
     study = Study.model_validate({"name": "s", "matrix": {"treatment": ["full"], "data.seed": [0, 1], "seed": [0]}})
-    assert [tables.label(cell) for cell in study.cells()] == ["full, data.seed=0", "full, data.seed=1"]
+    assert [cell.title for cell in study.cells()] == ["full, data.seed=0", "full, data.seed=1"]
     assert "data.seed=1" in str(plan(study))
 
 

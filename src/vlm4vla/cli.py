@@ -30,7 +30,7 @@ from vlm4vla.verbs.shared import (
     workers_option,
 )
 from vlm4vla.verbs.sims import sims
-from vlm4vla.verbs.train import train
+from vlm4vla.verbs.train import audit, train
 
 EXTRAS = {
     **dict.fromkeys(
@@ -110,6 +110,7 @@ cli.add_command(data)
 
 
 cli.add_command(train)
+cli.add_command(audit)
 cli.add_command(policy)
 
 

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from vlm4vla import __version__
+from vlm4vla import __version__, audit
 from vlm4vla.evaluation.filmstrip import strip_path
 from vlm4vla.files import write_text
 from vlm4vla.metrics import read_metrics
@@ -89,6 +89,7 @@ def context(results: Results) -> dict[str, Any]:
         "margin": published.MARGIN,
         "protocols": [protocol(name) for name in results.protocol_names],
         "runs": _run_cards(results),
+        "audit": _audit(results),
         "versions": _versions(results),
         "faults": Counter(r.fault for cell in results.cells for r in cell.results if r.success is None),
         "study_yaml": (results.folder / STUDY).read_text(),
@@ -246,6 +247,17 @@ def _run_cards(results: Results) -> list[dict[str, Any]]:
             }
         )
     return cards
+
+
+def _audit(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the trained runs do as executed, and in what they differ; nothing before one is trained."""
+    audits = {}
+    for cell in results.cells:
+        path = run_folder(results.folder, cell.run_id) / "policy" / "policy.json"
+        card = json.loads(path.read_text())["card"] if path.is_file() else {}
+        if "audit" in card:
+            audits[cell.treatment] = audit.Audit.from_dict(card["audit"])
+    return audit.rows(audits) if audits else []
 
 
 def _parameters(card: dict[str, Any]) -> str:

@@ -183,7 +183,7 @@ def load(folder: Path) -> Results:
             for run_id, name, expected in planned.wanted():
                 _, _, step = run_id.partition("@step-")
                 cell = Cell(
-                    label(planned),
+                    planned.title,
                     planned.run.seed,
                     planned.run_id,
                     name,
@@ -196,15 +196,6 @@ def load(folder: Path) -> Results:
     return Results(
         study.name, folder, tuple(final), tuple(curve), runs, {k: v for k, v in chances.items() if v is not None}
     )
-
-
-def label(cell: matrix.Cell) -> str:
-    """What a report calls a cell's treatment: its name and what else the matrix varies, but for the training seed.
-
-    Keys in full: ``data.seed=0`` must not read as the training seed.
-    """
-    others = {key: value for key, value in cell.labels.items() if key not in ("treatment", "seed")}
-    return ", ".join([cell.run.treated.name, *(f"{key}={value}" for key, value in others.items())])
 
 
 def chance(name: str) -> float | None:

@@ -9,6 +9,7 @@
     overrides:                    # in order, for cells in which every key of `when` has that value
       - when: {treatment: scratch}
         set: {training.learning_rate: 3e-3}
+    differs: [prompt]             # what else the runs do not have in common (vlm4vla audit), e.g. two backbones
     evaluate:                     # EvalSpec: the same for all cells
       protocols: [grinningface/place/val/v1]
       episodes: 100
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlm4vla.audit import CHOICES
 from vlm4vla.errors import UserError, nearest
 from vlm4vla.sims import protocols
 from vlm4vla.spec import EvalSpec, RunSpec, Strict, load_yaml, parse
@@ -47,7 +49,15 @@ class Study(Strict):
     base: dict[str, Any] = Field(default_factory=dict)
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
+    differs: tuple[str, ...] = ()
+    """Choices (``audit.CHOICES``) in which the runs are not equal, beside those that ``matrix`` and ``overrides``
+    decide; any other difference stops the study."""
     evaluate: EvalSpec = EvalSpec()
+
+    @property
+    def varied(self) -> set[str]:
+        """Keys of a run that differ between cells on purpose."""
+        return {*self.matrix, *(key for override in self.overrides for key in override.set)}
 
     def cells(self) -> list["Cell"]:
         """The matrix's runs in its order, each once.
@@ -62,6 +72,12 @@ class Study(Strict):
         if unknown:
             raise UserError(
                 f"study {self.name}: unknown keys {', '.join(unknown)}", "keys of RunSpec in spec.py", "mend the study"
+            )
+        if strange := [
+            f"{name} (nearest: {nearest(name, list(CHOICES))})" for name in self.differs if name not in CHOICES
+        ]:
+            raise UserError(
+                f"study {self.name}: no choice {', '.join(strange)}", "names that vlm4vla audit shows", "mend `differs`"
             )
         empty = [key for key, values in self.matrix.items() if not values]
         if empty:
@@ -109,6 +125,15 @@ class Cell:
     @property
     def run_id(self) -> str:
         return self.run.run_id
+
+    @property
+    def title(self) -> str:
+        """Its treatment and what else the matrix varies, but for the training seed.
+
+        Keys in full: ``data.seed=0`` must not read as the training seed.
+        """
+        others = {key: value for key, value in self.labels.items() if key not in ("treatment", "seed")}
+        return ", ".join([self.run.treated.name, *(f"{key}={value}" for key, value in others.items())])
 
     def wanted(self) -> Iterator[tuple[str, str, int]]:
         """``(run id, protocol, episodes)`` of every evaluation, the final policy's first, then the curve's by step."""
@@ -208,7 +233,8 @@ def _plan_row(cell: Cell, store: Store | None) -> PlanRow:
     run: Status = row.status if row else "planned"
     begun = begun or run in ("training", "trained")
     status = "partial" if begun else "todo"
-    return PlanRow(cell, status if any(missing.values()) else "done", run, missing, row.message if row else "")
+    done = not any(missing.values()) and (missing or run == "done")  # without protocols a cell only trains
+    return PlanRow(cell, "done" if done else status, run, missing, row.message if row else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- dotted keys

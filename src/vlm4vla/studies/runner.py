@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from vlm4vla.audit import Audit, require_declared
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.rollout import evaluate
 from vlm4vla.files import write_text
@@ -75,6 +76,8 @@ def run(study: Study, folder: Path, runtime: Runtime | None = None, jobs: int = 
                     store.set_run(run_id, status="done", message="")
         failures = _record(cells, folder, runtime)
         _check_content(study.cells(), folder)
+        if cells:
+            require_declared(audits(study, folder), study.varied, study.differs)
         ready = [cell for run_id, cell in cells.items() if run_id not in {f.run_id for f in failures}]
         failures += (_run_here if jobs == 1 else _run_apart)(ready, folder, runtime, jobs)
     if failures:
@@ -208,6 +211,26 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
                     "a study's runs from the same weights and demonstrations",
                     f"start over in a new folder: vlm4vla study run {folder / 'study.yaml'} --out {folder}-new",
                 )
+
+
+def audits(study: Study, folder: Path | None = None) -> dict[str, Audit]:
+    """One of each cell, the training seed aside; ``folder`` holds the demonstrations where the spec names no size."""
+    from vlm4vla.training.examine import examine
+
+    made: dict[str, Audit] = {}
+    for cell in study.cells():
+        if cell.title not in made:
+            made[cell.title] = examine(cell.run, picture_size(cell.run.data, folder))
+    return made
+
+
+def picture_size(data: DataSpec, folder: Path | None = None) -> int:
+    """Pixels of the pictures that a policy trained on ``data`` is given."""
+    if data.image_size is not None:
+        return data.image_size
+    from vlm4vla.data.lerobot import Dataset
+
+    return Dataset.open(data_folder(data, folder or Path())).image_size
 
 
 def _run_here(cells: list[Cell], folder: Path, runtime: Runtime, _: int) -> list[Failure]:

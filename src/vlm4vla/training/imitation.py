@@ -19,6 +19,7 @@ from vlm4vla.data.windows import windows
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.policy import VLA, Policy, versions
 from vlm4vla.spec import RunSpec, Runtime, content_hash
+from vlm4vla.training.examine import audit
 from vlm4vla.training.loop import fit
 
 
@@ -105,6 +106,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     state = Normalizer.fit(dataset.states, gripper=False) if spec.proprioception else None
     size = spec.data.image_size or dataset.image_size
     policy = Policy(vla, spec, dataset.convention, actions, state, size, card)
+    card["audit"] = audit(vla, processor, spec, size).to_dict()
     out.mkdir(parents=True, exist_ok=True)
     # By content: the same demonstrations under another path are the same run.
     recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})

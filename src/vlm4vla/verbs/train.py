@@ -3,6 +3,7 @@
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +26,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 @click.option("--gradient-checkpointing", is_flag=True, help="Activations are computed twice: less memory.")
 @click.option("--shard", is_flag=True, help="Spread the weights over all processes (FSDP2) instead of repeating them.")
 @click.option("--tracker", "trackers", type=click.Choice(TRACKERS), multiple=True, help="Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take: memory, time, what is frozen. Trains nothing.")
 @click.option("--no-cache", "cache", flag_value=False, default=True, help="Decode pictures each time; keep no file.")
 def train(
     run: Path | None,
@@ -37,6 +39,7 @@ def train(
     gradient_checkpointing: bool,
     shard: bool,
     trackers: tuple[str, ...],
+    dry_run: bool,
     cache: bool,
 ) -> None:
     """Train one policy as RUN (a YAML file of run keys) says; run again to resume.
@@ -55,6 +58,9 @@ def train(
         trackers=trackers,
         cache=cache,
     )
+    if dry_run:
+        _dry_run(spec, how, data_folder)
+        return
     if data_folder is None and spec.data.folder is None:
         arguments = [*([str(run)] if run else []), *with_set(overrides), "--out", "runs/data"]
         raise UserError(
@@ -71,3 +77,45 @@ def train(
     train_policy(true, folder, out, how)
     if os.environ.get("RANK", "0") == "0":
         next_step("vlm4vla eval {} --protocol {}", out / "policy", protocol or "NAME")
+
+
+def _dry_run(spec: Any, how: Any, folder: Path | None) -> None:
+    from vlm4vla.data.lerobot import Dataset
+    from vlm4vla.training.forecast import forecast
+
+    folder = folder or (Path(spec.data.folder) if spec.data.folder else None)
+    data = Dataset.open(folder) if folder and folder.is_dir() else None
+    size = spec.data.image_size or (data.image_size if data else None)
+    if size is None:
+        raise UserError("no size of pictures", "data.image_size, or a data set", "add --set data.image_size=224")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    click.echo("\n".join(forecast(spec, how, size, processes, data.num_frames if data else None)))
+
+
+@click.command()
+@click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
+@set_option
+def audit(specs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Say what runs do and what they do not have in common, as they would be executed; no weight is read.
+
+    SPEC is a YAML file of run keys, or a study (a file, or a shipped one), whose cells are all compared.
+    """
+    from vlm4vla.arguments import run_spec, study_file
+    from vlm4vla.audit import Audit, differences, text
+    from vlm4vla.spec import load_yaml
+    from vlm4vla.studies.matrix import Study, load
+    from vlm4vla.studies.runner import audits, picture_size
+
+    found: dict[str, Audit] = {}
+    for name in specs:
+        path = study_file(name)
+        if load_yaml(path).keys() & Study.model_fields.keys():
+            found |= audits(load(path))
+        else:
+            from vlm4vla.training.examine import examine
+
+            spec = run_spec(path, overrides)
+            found[path.stem] = examine(spec, picture_size(spec.data))
+    click.echo(text(found))
+    unequal = ", ".join(differences(found)) or "nothing"
+    click.secho(f"not the same in all {len(found)}: {unequal}", fg="green", err=True)

@@ -1,0 +1,88 @@
+"""What a training would take, before it is started: ``vlm4vla train --dry-run``."""
+
+import time
+
+import torch
+
+from vlm4vla.policy import torch_device
+from vlm4vla.spec import RunSpec, Runtime
+from vlm4vla.training.examine import GIB, audit, on_meta
+from vlm4vla.training.processes import units
+
+MEASURE_S = 0.5
+SIDE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
+"""Of the square matrices: large enough that reading them takes no part of the time."""
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of this device's matrix products in this precision, measured for half a second."""
+    side = SIDE[device.type]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    a @ a
+    synchronize()
+    number, started = 0, time.perf_counter()
+    while time.perf_counter() - started < MEASURE_S:
+        a @ a
+        synchronize()
+        number += 1
+    return number * 2 * side**3 / (time.perf_counter() - started)
+
+
+def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, frames: int | None) -> list[str]:
+    """Lines that say what would be frozen, what memory and what time it takes; nothing is trained or read.
+
+    Args:
+        frames: of the data set, where it is there.
+    """
+    vla, processor = on_meta(spec)
+    sizes, training = audit(vla, processor, spec, image_size).sizes, spec.training
+    device = torch_device(runtime.device)
+    rate = matrix_rate(device, training.precision)
+    samples = training.batch_size // (processes * runtime.accumulate)
+    states = sizes["states_gib"] / (processes if runtime.shard else 1)
+    # With checkpointing a layer's activations are there at a time, and each layer's input: about twice a layer's share.
+    layers = max(2, len(units(vla)))
+    activations = sizes["activations_gib"] * samples * (2 / layers if runtime.gradient_checkpointing else 1)
+    flops = sizes["training_gflop"] * 1e9 * (4 / 3 if runtime.gradient_checkpointing else 1)
+    floor_s = flops * training.batch_size * training.steps / rate / processes
+    lines = [
+        *(f"{name:<16} {_parameters(name, sizes)}" for name in sizes["trained"]),
+        f"{'steps':<16} {training.steps:,} of {training.batch_size} samples"
+        + (f" ({training.steps * training.batch_size / frames:.1f} times the data)" if frames else ""),
+        f"{'processes':<16} {processes}, each {samples} samples at a time, {runtime.accumulate} time(s) a step",
+        f"{'memory':<16} {states:.2f} GiB weights, gradients and moments + {activations:.2f} GiB activations "
+        f"(estimate) in each process{_there(device)}",
+        f"{'work':<16} {flops / 1e9:.1f} GFLOP a sample",
+        f"{'time':<16} {_duration(floor_s)} at this device's measured matrix rate ({rate / 1e12:.2f} TFLOP/s), "
+        f"{_duration(2 * floor_s)} at half of it",
+    ]
+    if states + activations > _gib(device):
+        lines.append(
+            f"{'too much':<16} try --accumulate {2 * runtime.accumulate}, --gradient-checkpointing, or --shard"
+        )
+    return lines
+
+
+def _parameters(name: str, sizes: dict) -> str:
+    trained, frozen = sizes["trained"][name], sizes["frozen"].get(name, 0)
+    if not trained:
+        return f"{frozen:,} frozen"
+    return f"{trained:,} trained" + (f", {frozen:,} frozen" if frozen else "")
+
+
+def _gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return float("inf")
+
+
+def _there(device: torch.device) -> str:
+    return f" of {_gib(device):.0f} GiB" if device.type == "cuda" else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
