@@ -1,5 +1,6 @@
 """Opening a backbone by name: what is wrong with it is said at once, with the next step."""
 
+import io
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +77,23 @@ def test_a_family_newer_than_transformers_is_named(folder):
     change(folder / "config.json", model_type="qwen9_vl")
     with pytest.raises(UserError, match=r"does not know .*\n.*\n.*upgrade transformers"):
         load_vlm(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("config.json", {"model_type": "their_vl", "auto_map": {"AutoConfig": "theirs.Theirs"}}),
+        ("processor_config.json", {"processor_class": "Theirs", "auto_map": {"AutoProcessor": "theirs.Theirs"}}),
+    ],
+)
+def test_code_of_a_models_repository_is_not_run_whatever_the_terminal_says(file, values, folder, monkeypatch):
+    change(folder / file, **values)
+    ran = folder / "ran"
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\nclass Theirs: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match="code of its own repository, which is never run"):
+        load_vlm(str(folder))
+    assert not ran.exists()
 
 
 def test_a_folder_without_a_processor_of_pictures_is_named(folder):

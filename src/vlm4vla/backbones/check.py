@@ -183,9 +183,9 @@ class Check:
         vlm = self.backbone.vlm
         with tempfile.TemporaryDirectory() as name:
             save_vlm(vlm, self.backbone.processor, Path(name))
-            processor = AutoProcessor.from_pretrained(name)
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             opened: list[Any] = [
-                kind.from_pretrained(name, dtype=vlm.dtype, output_loading_info=True)
+                kind.from_pretrained(name, dtype=vlm.dtype, trust_remote_code=False, output_loading_info=True)
                 for kind in (AutoModelForImageTextToText, auto_class(vlm.config))
             ]
         for _, found in opened:

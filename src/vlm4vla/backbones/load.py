@@ -32,7 +32,11 @@ def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
     config, processor = load_config(name), load_processor(name)
     try:
         vlm, found = auto_class(config).from_pretrained(
-            _source(name), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            _source(name),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,  # by default transformers asks on the terminal
+            output_loading_info=True,
         )
     except FAILURES as error:
         raise _cannot_open(name, error) from error
@@ -60,7 +64,7 @@ def load_config(name: str) -> PretrainedConfig:
             "vlm4vla backbones list",
         )
     try:
-        config = AutoConfig.from_pretrained(_source(name))
+        config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
     except FAILURES as error:
         raise _cannot_open(name, error) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -75,7 +79,7 @@ def load_config(name: str) -> PretrainedConfig:
 def load_processor(name: str) -> Processor:
     """Raises: UserError: there is none, or not of pictures and text."""
     try:
-        processor = AutoProcessor.from_pretrained(_source(name))
+        processor = AutoProcessor.from_pretrained(_source(name), trust_remote_code=False)
     except FAILURES as error:
         raise _cannot_open(name, error) from error
     if not hasattr(processor, "image_processor"):
@@ -125,6 +129,12 @@ def _cannot_open(name: str, error: Exception) -> UserError:
             f"backbone {name!r} is of a family that transformers {transformers.__version__} does not know ({text})",
             "a version that knows it; its config.json may name the one it was written with",
             "pip install --upgrade transformers",
+        )
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"backbone {name!r} needs Python code of its own repository, which is never run",
+            f"a family that transformers {transformers.__version__} knows",
+            "pip install --upgrade transformers, if a newer one has it; else another: vlm4vla backbones list",
         )
     return UserError(f"backbone {name!r}: {text}", EXPECTED, _mend(name))
 
