@@ -464,6 +464,33 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
         convert(Counting(tmp_path / "log", size=18), out, 1, progress=False)
 
 
+def test_dropping_what_is_damaged_goes_on_where_the_damage_stopped(tmp_path, monkeypatch):
+    source, out = Counting(tmp_path / "log"), tmp_path / "out"
+    plain = source.demonstrations
+
+    def damaged(shard):
+        first, *rest = plain(shard)
+        yield UserError("one that is damaged", "a whole one", "mend it") if shard == 1 else first
+        yield from rest
+
+    monkeypatch.setattr(source, "demonstrations", damaged)
+    with pytest.raises(UserError, match=r"one that is damaged[\s\S]*--drop-damaged"):
+        convert(source, out, 1, progress=False)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial/shards").glob("0*/*")}
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(base, "write", lambda *_, **__: 1 / 0)
+        convert(source, out, 1, progress=False, drop_damaged=True)
+    assert kept
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    with pytest.raises(UserError, match="all demonstrations"):
+        convert(source, out, 1, progress=False)
+    summary = convert(source, out, 1, progress=False, drop_damaged=True)
+    assert (summary.episodes, summary.damaged) == (5, ("one that is damaged",))
+    assert made(tmp_path / "log") == [*range(6), 2, 3]
+    with pytest.raises(UserError, match="1 damaged demonstrations"):
+        convert(source, out, 1, progress=False)
+
+
 def test_pictures_that_no_film_takes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"demonstration 0: pictures of 15 x 15"):
         convert(Counting(tmp_path / "log", size=15), tmp_path / "out", 1, progress=False)

@@ -99,16 +99,16 @@ def convert(source: Source, out: Path, workers: int, progress: bool, drop_damage
     where the same one is complete.
 
     Args:
-        drop_damaged: leave demonstrations out that cannot be read, and say which; else the first one stops.
+        drop_damaged: leave demonstrations out that cannot be read, and say which; else the first one stops. A shard
+            without damage is the same either way, so an interrupted conversion may go on with it.
 
     Raises:
         UserError: ``out`` holds something else, raw data are damaged, or a process died.
     """
-    identity = {**source.identity(), "drop_damaged": drop_damaged, "version": __version__}
-    identity = json.loads(json.dumps(identity))
+    identity = json.loads(json.dumps({**source.identity(), "version": __version__}))
     partial = out.with_name(out.name + ".partial")
     if out.exists() and not partial.exists():
-        return _summary(out, identity)
+        return _summary(out, identity, drop_damaged)
     with locked(partial / "lock", "conversion"):
         if not out.exists():
             _check_identity(partial / "conversion.json", identity)
@@ -118,10 +118,11 @@ def convert(source: Source, out: Path, workers: int, progress: bool, drop_damage
             made = [_Shard.read(shards / _name(i)) for i in range(number)]
             left: Counter[str] = sum((Counter(shard.left_out) for shard in made), Counter())
             damaged = [message for shard in made for message in shard.damaged]
+            _check_damaged(shards, damaged, drop_damaged)
             provenance = {"conversion": identity, "left_out": dict(left), "damaged": damaged}
             episodes = (episode for shard in made for episode in shard.episodes())
             write(out, episodes, source.convention, provenance, staging=partial / "dataset")
-        summary = _summary(out, identity)
+        summary = _summary(out, identity, drop_damaged)
         shutil.rmtree(partial)
     return summary
 
@@ -283,7 +284,16 @@ def _check_identity(path: Path, identity: dict) -> None:
         )
 
 
-def _summary(folder: Path, identity: dict) -> Summary:
+def _check_damaged(folder: Path, damaged: Sequence[str], drop_damaged: bool) -> None:
+    if damaged and not drop_damaged:
+        raise UserError(
+            f"{folder}, which {len(damaged)} damaged demonstrations were left out of, such as {damaged[0]}",
+            "all demonstrations",
+            f"add --drop-damaged; or mend the raw data and: rm -r {folder}",
+        )
+
+
+def _summary(folder: Path, identity: dict, drop_damaged: bool) -> Summary:
     dataset = Dataset.open(folder)
     provenance = dataset.info.get(OWN_KEY, {}).get("provenance", {})
     if provenance.get("conversion") != identity:
@@ -293,4 +303,5 @@ def _summary(folder: Path, identity: dict) -> Summary:
             f"name another folder, or: rm -r {folder}",
         )
     left, damaged = provenance["left_out"], tuple(provenance["damaged"])
+    _check_damaged(folder, damaged, drop_damaged)
     return Summary(folder, dataset.num_episodes, dataset.num_frames, left, damaged)
