@@ -7,7 +7,8 @@ Each client is a connection that asks again as soon as it is answered, with one 
 clients are one process of their own. Without ``--policy`` a stand-in takes ``--latency-ms`` for a batch and
 ``--item-ms`` more for each observation, without using the processor, as a GPU does. The floor is the policy alone,
 called in a loop without any network, with batches as large as there are clients (ours) or of one (openpi's way).
-``health`` is the slowest answer to ``GET /healthz`` meanwhile.
+``health`` is the slowest answer to ``GET /healthz`` meanwhile, ``cpu`` the server process's processor time a request,
+which other work on the machine leaves as it is.
 """
 
 import argparse
@@ -132,17 +133,23 @@ def measure(main, service: Service, wait_s: float, number: int, seconds: float) 
     with in_thread(main, service, wait_s) as port:
         process = context.Process(target=clients, args=(port, number, seconds, results))
         process.start()
-        slowest, end = 0.0, time.monotonic() + seconds
+        slowest, end, used = 0.0, time.monotonic() + seconds, time.process_time()
         while time.monotonic() < end:
             time.sleep(0.2)
             started = time.monotonic()
             urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=60).read()
             slowest = max(slowest, time.monotonic() - started)
         latencies = np.array(results.get()) * 1000
+        used = time.process_time() - used
         process.join()
     p50, p99 = np.percentile(latencies, [50, 99])
-    rate = len(latencies) / seconds
-    return {"requests_per_s": round(rate, 1), "p50_ms": round(p50, 1), "p99_ms": round(p99, 1), "health_ms": round(slowest * 1000, 1)}  # noqa: E501  # fmt: skip
+    return {
+        "requests_per_s": round(len(latencies) / seconds, 1),
+        "p50_ms": round(p50, 1),
+        "p99_ms": round(p99, 1),
+        "health_ms": round(slowest * 1000, 1),
+        "cpu_ms": round(used / len(latencies) * 1000, 2),
+    }
 
 
 def floor(service: Service, batch: int, seconds: float) -> float:
