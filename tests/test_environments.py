@@ -114,6 +114,40 @@ def test_what_cannot_be_set_up_is_said(cache, tmp_path, monkeypatch):
     assert environments.missing("libero")
 
 
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_half_built_environment_is_built_anew_and_a_whole_one_kept(cache, tmp_path):
+    """Pythons are shell scripts here: they tell a version, have pip or not, and ``-m venv`` makes one with pip."""
+    target = cache / "sims" / "libero"
+    own = target / "venv" / "bin" / "python"
+    without_pip, with_pip = '[ "$2" = pip ] && exit 1; echo 3 12', "echo 3 12"
+
+    def python(version):
+        made = f"#!/bin/sh\\necho {version}\\n# by venv"
+        text = f'[ "$2" = venv ] && [ "$3" = --clear ] && printf "{made}" > {own}; echo {version}'
+        return str(script(tmp_path / f"python{version.replace(' ', '.')}", text))
+
+    def build(named=None):
+        environments._build("libero", target, named, lambda _: None)
+        return own.read_text().endswith("# by venv"), environments._version(str(own))
+
+    script(own, with_pip)
+    assert build() == (False, (3, 12)), "whole: kept"
+    assert build(python("3 12")) == (False, (3, 12)), "of the version that was asked for: kept"
+    assert build(python("3 11")) == (True, (3, 11)), "of another version"
+    script(own, without_pip)
+    assert build(python("3 12")) == (True, (3, 12)), "killed before pip was there"
+    script(own, "exit 127")
+    assert build(python("3 13")) == (True, (3, 13)), "its Python is gone"
+    with pytest.raises(UserError, match=r"which is Python 3\.9"):
+        build(python("3 9"))
+
+
 def test_pinned_lists_are_complete():
     """Nothing is resolved, so every line is one exact version."""
     for name in environments.ENVIRONMENTS:

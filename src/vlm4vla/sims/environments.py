@@ -11,6 +11,7 @@
 not installed there: ``sims/worker.py`` brings itself along, and needs numpy only.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,7 +132,7 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
     Args:
         assets: a folder with the simulator's assets; None where they are in place from an earlier start or fetched.
         fetch: whether assets may be fetched.
-        python: the interpreter whose version the environment gets; this one where None.
+        python: the interpreter whose version the environment gets; where None the one that it has, at first this one.
 
     Raises:
         UserError: an unfit interpreter or assets folder, a failed installation or download, or no picture.
@@ -139,10 +140,7 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
     environment, target = ENVIRONMENTS[name], folder(name)
     with locked(target / "lock", f"environment of {name}"):
         (target / "ready.json").unlink(missing_ok=True)
-        if not _python(target).exists():
-            base = _fit(name, python or sys.executable)
-            say(f"{target}: a virtual environment of {base}")
-            _run([base, "-m", "venv", "--clear", str(target / "venv")])
+        _build(name, target, python, say)
         say(f"installing the packages of {_requirements(name).name}")
         pip = [str(_python(target)), "-m", "pip", "install", "-q"]
         if environment.resolved:
@@ -158,6 +156,19 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
         ready = {"requirements": _digest(name), "assets": str(found.resolve())}
         write_text(target / "ready.json", json.dumps(ready, indent=1) + "\n")
     return picture
+
+
+def _build(name: str, target: Path, python: str | None, say: Say) -> None:
+    """A virtual environment with pip, of the version of ``python``; what is there is kept where it is one."""
+    base, own = _fit(name, python) if python else None, str(_python(target))
+    if _python(target).exists():
+        with contextlib.suppress(UserError):  # killed before pip was in it, or its Python is gone: built anew
+            _run([own, "-m", "pip", "--version"])
+            if _version(own) in ([_version(base)] if base else ENVIRONMENTS[name].pythons):
+                return
+    base = base or _fit(name, sys.executable)
+    say(f"{target}: a virtual environment of {base}")
+    _run([base, "-m", "venv", "--clear", str(target / "venv")])
 
 
 def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) -> Path:
@@ -254,15 +265,19 @@ def _site_packages(target: Path) -> Path:
 def _fit(name: str, python: str) -> str:
     """``python`` where its version has all pinned packages."""
     python = interpreter("", python)
-    version = _run([python, "-c", "import sys; print(*sys.version_info[:2])"]).split()
-    known = ENVIRONMENTS[name].pythons
-    if tuple(map(int, version)) not in known:
+    version, known = _version(python), ENVIRONMENTS[name].pythons
+    if version not in known:
         raise UserError(
-            f"{python}, which is Python {'.'.join(version)}",
+            f"{python}, which is Python {version[0]}.{version[1]}",
             f"Python {' or '.join(f'{a}.{b}' for a, b in known)} for {name}",
             f"vlm4vla sims setup {name} --python /usr/bin/python{known[0][0]}.{known[0][1]}",
         )
     return python
+
+
+def _version(python: str) -> tuple[int, int]:
+    major, minor = _run([python, "-c", "import sys; print(*sys.version_info[:2])"]).split()
+    return int(major), int(minor)
 
 
 def _run(command: list[str]) -> str:
