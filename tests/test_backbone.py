@@ -124,3 +124,11 @@ def test_a_name_that_can_be_no_hub_id_is_not_asked_for_there(monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match="no backbone 'nope'"):
         load_vlm("nope")
+
+
+def test_the_query_starts_at_zero_or_with_the_spread_of_words(vlm_and_processor):
+    vlm, processor = vlm_and_processor
+    assert not Backbone(vlm, processor).query.any()
+    torch.manual_seed(0)
+    drawn = Backbone(vlm, processor, query_init="normal").query
+    assert 0.8 < float(drawn.std() / vlm.get_input_embeddings().weight.std()) < 1.25

@@ -44,7 +44,7 @@ class VLA(nn.Module):
 
     def __init__(self, vlm: PreTrainedModel, processor: Processor, spec: RunSpec, state_size: int):
         super().__init__()
-        self.backbone = Backbone(vlm, processor, spec.compat)
+        self.backbone = Backbone(vlm, processor, spec.compat, spec.query_init)
         self.state_size = state_size
         self.head = MLPHead(self.backbone.hidden_size, spec.head.chunk, spec.head.hidden, state_size)
 

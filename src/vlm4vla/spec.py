@@ -36,6 +36,9 @@ class Strict(BaseModel):
 Compat = Literal["upsample_448"]
 
 
+QueryInit = Literal["zero", "normal"]
+
+
 def later(default: Any, **constraints: Any) -> Any:
     """A field that later versions brought: while it has its default it is left out of dumps, so that a run keeps its
     id and its files stay readable."""
@@ -233,6 +236,8 @@ class RunSpec(Strict):
     """Give the head the robot's state as well. The paper gives it nothing but one camera and the instruction."""
     compat: tuple[Compat, ...] = later(())
     """Behaviour of VLM4VLA's release to be reproduced, by name (docs/deviations.md)."""
+    query_init: QueryInit = later("zero")
+    """The action query at first: zero as in VLM4VLA's release, or drawn with the spread of the word embeddings."""
     seed: int = Field(default=0, ge=0)
 
     @property

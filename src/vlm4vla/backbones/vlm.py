@@ -20,7 +20,7 @@ from transformers.utils import logging
 from vlm4vla.backbones.families import family
 from vlm4vla.backbones.inputs import Inputs, Processor
 from vlm4vla.backbones.packed_vision import packed_vision
-from vlm4vla.spec import Compat
+from vlm4vla.spec import Compat, QueryInit
 
 # One bar a job is enough: ours.
 logging.disable_progress_bar()
@@ -36,10 +36,16 @@ class Backbone(nn.Module):
 
     Attributes:
         vlm: the transformers model, untouched.
-        query: (D,) the action query, zero at first as in VLM4VLA's release.
+        query: (D,) the action query; ``RunSpec.query_init`` says what it is at first.
     """
 
-    def __init__(self, vlm: PreTrainedModel, processor: Processor, compat: Sequence[Compat] = ()):
+    def __init__(
+        self,
+        vlm: PreTrainedModel,
+        processor: Processor,
+        compat: Sequence[Compat] = (),
+        query_init: QueryInit = "zero",
+    ):
         super().__init__()
         self.vlm = vlm
         self.processor = processor
@@ -48,6 +54,8 @@ class Backbone(nn.Module):
         self.hidden_size: int = vlm.config.get_text_config().hidden_size
         self.query = nn.Parameter(torch.zeros(self.hidden_size))
         embeddings = vlm.get_input_embeddings()
+        if query_init == "normal" and not embeddings.weight.is_meta:
+            nn.init.normal_(self.query, std=float(embeddings.weight.std()))
         # Gemma multiplies embeddings by a constant inside the table: the query stays in units of the table's rows.
         self.scale = float(getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0)))
 
