@@ -23,8 +23,8 @@ OPTIONS = {"preset": "veryfast", "crf": "18", "bf": "0"}
 """H.264 decodes faster than lerobot's AV1. crf 18 is said to be visually lossless; no B-frames: none is waited for."""
 TOLERANCE = 0.1
 """A frame may lie this share of a frame's duration beside its time: files round to their own clock."""
-READ_ON = 8
-"""A wanted frame at most so many frames ahead is reached by decoding on, without a seek."""
+READ_ON = 2
+"""A wanted frame at most so many frames ahead is reached by decoding on, without a seek: as many as a seek costs."""
 OPEN_FILES = 32
 
 
@@ -107,7 +107,7 @@ class _Reader:
         slack = TOLERANCE / fps
         if abs(self.time - time) > slack or not len(self.picture):
             frame = self._find(time, slack, READ_ON / fps)
-            self.picture = self.to_rgb.reformat(frame, format="rgb24").to_ndarray()
+            self.picture = self.to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
         return self.picture
 
     def _find(self, time: float, slack: float, ahead: float) -> Any:
