@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -293,11 +294,24 @@ def flip(path):
     path.write_bytes(bytes(content))
 
 
-def nan(path):
+def change_frame(folder, number, **changes):
+    path = folder / f"episode_{number:07d}.npz"
     with np.load(path) as file:
         values = dict(file)
-    values["rel_actions"][2] = np.nan
-    np.savez(path, **values)
+    np.savez(path, **{**values, **{name: change(values[name]) for name, change in changes.items()}})
+
+
+def nan(values):
+    return np.r_[values[:2], np.nan, values[3:]]
+
+
+def grey(pictures):
+    return pictures[..., 0]
+
+
+def all_frames(folder, **changes):
+    for number in range(5):
+        change_frame(folder, number, **changes)
 
 
 BROKEN_CALVIN = {
@@ -305,7 +319,19 @@ BROKEN_CALVIN = {
     "half the annotations": (lambda f: truncate(f / ANNOTATIONS), "auto_lang_ann.npy"),
     "a frame is missing": (lambda f: (f / "episode_0000004.npz").unlink(), "no .*episode_0000004.npz"),
     "half a frame": (lambda f: truncate(f / "episode_0000004.npz"), "episode_0000004.npz: damaged"),
-    "NaN": (lambda f: nan(f / "episode_0000001.npz"), "frames 0 to 4: actions with 1 NaN"),
+    "NaN": (lambda f: change_frame(f, 1, rel_actions=nan), "frames 0 to 4: actions with 1 NaN"),
+    "two sizes": (
+        lambda f: change_frame(f, 1, rgb_static=lambda p: p[:100]),
+        r"episode_0000001.npz: rgb_static of \(100, 200, 3\)",
+    ),
+    "floats as pictures": (
+        lambda f: change_frame(f, 1, rgb_gripper=np.float32),
+        "frames 0 to 4: pictures of wrist as float32",
+    ),
+    "grey": (lambda f: all_frames(f, rgb_static=grey), r"frames 0 to 4: pictures of main as uint8 \(5, 200, 200\)"),
+    "six numbers": (lambda f: all_frames(f, rel_actions=lambda a: a[:6]), r"frames 0 to 4: rel_actions .* \(5, 6\)"),
+    "text": (lambda f: all_frames(f, robot_obs=np.bytes_), "frames 0 to 4: states as"),
+    "another state": (lambda f: all_frames(f, robot_obs=lambda s: s[:9]), r"0000005.npz: robot_obs of \(15,\)"),
 }
 
 
@@ -367,6 +393,62 @@ def test_broken_hdf5_is_named(tmp_path):
     raw_data.libero(tmp_path / "b_demo.hdf5", [np.full((3, 7), 0.5)])
     with pytest.raises(UserError, match="other gripper actions than -1 and 1"):
         convert(Libero(tmp_path), tmp_path / "out", 1, progress=False)
+
+
+def replace(group, name, values):
+    del group[name]
+    group[name] = values
+
+
+BROKEN_LIBERO = {
+    "other length": (
+        lambda demo: replace(demo, "obs/ee_pos", np.zeros((6, 3))),
+        r"\[3, 3, 3, 6, 3, 3\] steps",
+    ),
+    "six numbers": (lambda demo: replace(demo, "actions", np.ones((3, 6))), r"actions \(3, 6\)"),
+    "other name": (lambda demo: demo.parent.move("demo_1", "extra"), "extra: .*demo_NUMBER"),
+    "no group": (lambda demo: replace(demo.parent, "demo_1", np.zeros(3)), "demo_1: "),
+    "text": (lambda demo: replace(demo, "actions", ["a"] * 3), "demo_1: "),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_LIBERO)
+def test_a_broken_demonstration_of_libero_is_named_and_can_be_dropped(tmp_path, kind):
+    path = tmp_path / "a_demo.hdf5"
+    raw_data.libero(path, [np.ones((3, 7))] * 3, size=16)
+    damage, message = BROKEN_LIBERO[kind]
+    with h5py.File(path, "a") as file:
+        damage(file["data/demo_1"])
+    with pytest.raises(UserError, match=rf"a_demo\.hdf5, .*{message}"):
+        convert(Libero(tmp_path), tmp_path / "out", 1, progress=False)
+    summary = convert(Libero(tmp_path), tmp_path / "out", 1, progress=False, drop_damaged=True)
+    assert (summary.episodes, len(summary.damaged)) == (2, 1)
+
+
+BROKEN_RLDS = {
+    "no action": ({"steps/action": np.empty(0, np.float32)}, "0 numbers in 'steps/action' at 3 steps"),
+    "an empty list": ({"steps/action": []}, "0 numbers in 'steps/action'"),
+    "six numbers": ({"steps/action": np.zeros(18, np.float32)}, "6 numbers a step"),
+    "two sizes": (
+        {"steps/observation/image_0": [raw_data.jpeg(raw_data.picture(0, size, 16)) for size in (16, 16, 18)]},
+        r"pictures of [\s\S]*one size",
+    ),
+    "no picture": ({"steps/observation/image_0": [b"\x89PNG\r\n\x1a\n" + b"\0" * 30] * 3}, "a damaged picture"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_RLDS)
+def test_a_broken_record_of_rlds_is_named_and_can_be_dropped(tmp_path, kind):
+    pictures = [raw_data.picture(i, 16, 16) for i in range(3)]
+    good = raw_data.episode(pictures, np.ones((3, 7)), np.zeros((3, 7)), "put it down")
+    changes, message = BROKEN_RLDS[kind]
+    path = tmp_path / "bridge-train.tfrecord-00000-of-00001"
+    raw_data.tfrecord(path, [raw_data.example(good), raw_data.example(good | changes)])
+    source = Rlds(tmp_path, load_mapping("bridge").model_copy(update={"drop_first": False, "relabel": "none"}))
+    with pytest.raises(UserError, match=rf"{path.name}, record 1: [\s\S]*{message}"):
+        convert(source, tmp_path / "out", 1, progress=False)
+    summary = convert(source, tmp_path / "out", 1, progress=False, drop_damaged=True)
+    assert (summary.episodes, len(summary.damaged)) == (1, 1)
 
 
 class Evil:
@@ -477,9 +559,10 @@ def test_dropping_what_is_damaged_goes_on_where_the_damage_stopped(tmp_path, mon
     with pytest.raises(UserError, match=r"one that is damaged[\s\S]*--drop-damaged"):
         convert(source, out, 1, progress=False)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial/shards").glob("0*/*")}
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch:
         patch.setattr(base, "write", lambda *_, **__: 1 / 0)
-        convert(source, out, 1, progress=False, drop_damaged=True)
+        with pytest.raises(ZeroDivisionError):
+            convert(source, out, 1, progress=False, drop_damaged=True)
     assert kept
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     with pytest.raises(UserError, match="all demonstrations"):
@@ -492,7 +575,7 @@ def test_dropping_what_is_damaged_goes_on_where_the_damage_stopped(tmp_path, mon
 
 
 def test_pictures_that_no_film_takes_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"demonstration 0: pictures of 15 x 15"):
+    with pytest.raises(UserError, match=r"demonstration \d: pictures of 15 x 15"):
         convert(Counting(tmp_path / "log", size=15), tmp_path / "out", 1, progress=False)
 
 

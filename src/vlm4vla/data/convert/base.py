@@ -165,6 +165,7 @@ def _make_shard(source: Source, shard: Any, folder: Path, drop_damaged: bool) ->
     damaged: list[str] = []
     with ExitStack() as stack:
         films: dict[str, Film] = {}
+        first: dict[str, Any] = {}
         for item in source.demonstrations(shard):
             if isinstance(item, Left):
                 left[item.what] += item.count
@@ -172,12 +173,14 @@ def _make_shard(source: Source, shard: Any, folder: Path, drop_damaged: bool) ->
             error = item if isinstance(item, UserError) else _wrong(item, source.convention)
             if error is None and isinstance(item, Demonstration):
                 sizes = {camera: frames.shape[1:3] for camera, frames in item.images.items()}
+                found = {**sizes, "state": np.shape(item.states)[1:]}
+                first = first or found
                 films = films or {
                     camera: stack.enter_context(Film(partial / f"{camera}.mp4", source.convention.control_hz, size))
                     for camera, size in sizes.items()
                 }
-                if sizes != {camera: film.size for camera, film in films.items()}:
-                    error = _error(item, f"pictures of {sizes}", "one size for each camera, as in those before")
+                if found != first:
+                    error = _error(item, f"sizes of {found}", f"{first}, as in those before")
                 else:
                     states = None if item.states is None else item.states.astype(np.float32)
                     actions = item.actions.astype(np.float32)
@@ -243,6 +246,13 @@ class _Shard:
 
 def _wrong(item: Demonstration, convention: Convention) -> UserError | None:
     """What is wrong with a demonstration."""
+    for camera, frames in item.images.items():
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            found = f"pictures of {camera} as {frames.dtype} {frames.shape}"
+            return _error(item, found, "uint8 (frames, height, width, 3)")
+    for what, values in (("actions", item.actions), ("states", item.states)):
+        if values is not None and (values.dtype.kind not in "biuf" or values.ndim != 2):
+            return _error(item, f"{what} as {values.dtype} {values.shape}", "a row of numbers for each frame")
     lengths = {len(item.actions), *map(len, item.images.values())} | (
         {len(item.states)} if item.states is not None else set()
     )
@@ -253,7 +263,7 @@ def _wrong(item: Demonstration, convention: Convention) -> UserError | None:
             item, f"actions of {item.actions.shape[1:]}", f"{len(convention.names)} numbers: {convention.names}"
         )
     for frames in item.images.values():
-        if frames.shape[1] % 2 or frames.shape[2] % 2:
+        if frames.shape[1] % 2 or frames.shape[2] % 2 or not frames.size:
             return _error(item, f"pictures of {frames.shape[1]} x {frames.shape[2]}", "even sides, as films have them")
     for what, values in (("actions", item.actions), ("states", item.states)):
         if values is not None and not (finite := np.isfinite(values)).all():

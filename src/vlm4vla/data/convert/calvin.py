@@ -58,26 +58,43 @@ class Calvin:
 
     def demonstrations(self, shard: tuple[Segment, ...]) -> Iterator[Demonstration | Left | UserError]:
         for segment in shard:
-            frames = []
             try:
-                frames = [self._frame(number) for number in range(segment.first, segment.last + 1)]
-                columns = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]} if frames else {}
+                item = self._demonstration(segment)
             except UserError as error:
-                yield error
-                continue
-            name = f"{self.folder}, frames {segment.first} to {segment.last}"
-            if not columns:
-                yield UserError(
-                    f"{name}: an empty segment", "at least one frame", "mend or remove it in the annotations"
-                )
-                continue
-            actions = columns["rel_actions"].astype(np.float64)
-            actions[:, 6] = actions[:, 6] > 0
-            images = {camera: columns[key] for camera, key in CAMERAS.items()}
-            yield Demonstration(name, images, actions, columns["robot_obs"], segment.task)
+                item = error
+            yield item
+
+    def _demonstration(self, segment: Segment) -> Demonstration:
+        where = f"{self.folder}, frames {segment.first} to {segment.last}"
+        frames = [self._frame(number) for number in range(segment.first, segment.last + 1)]
+        if not frames:
+            raise UserError(f"{where}: an empty segment", "at least one frame", "mend or remove it in the annotations")
+        for number, frame in enumerate(frames, segment.first):
+            for name, values in frame.items():
+                if values.shape != (shape := frames[0][name].shape):
+                    raise UserError(
+                        f"{self._path(number)}: {name} of {values.shape}",
+                        f"{shape}, as in the segment's first frame",
+                        "unpack the archive again",
+                    )
+        columns = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
+        actions, width = columns["rel_actions"], len(self.convention.names)
+        if actions.shape[1:] != (width,) or actions.dtype.kind not in "iuf":
+            raise UserError(
+                f"{where}: rel_actions as {actions.dtype} {actions.shape}",
+                f"{width} numbers a frame",
+                "unpack the archive again",
+            )
+        actions = actions.astype(np.float64)
+        actions[:, 6] = actions[:, 6] > 0
+        images = {camera: columns[key] for camera, key in CAMERAS.items()}
+        return Demonstration(where, images, actions, columns["robot_obs"], segment.task)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"episode_{number:07d}.npz"
 
     def _frame(self, number: int) -> dict[str, np.ndarray]:
-        path = self.folder / f"episode_{number:07d}.npz"
+        path = self._path(number)
         wanted = ("rel_actions", "robot_obs", *CAMERAS.values())
         try:
             with np.load(path, allow_pickle=False) as file:

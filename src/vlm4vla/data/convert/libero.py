@@ -9,6 +9,7 @@ whose replay fails: that needs the simulator, and is not done here. Raw gripper:
 The instruction is that of the file name, as in the simulator; the file's own ``problem_info`` words many differently.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from vlm4vla.sims.libero import instruction
 
 CAMERAS = {"main": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 STATES = ("ee_pos", "ee_ori", "gripper_states")
+NAME = re.compile(r"demo_\d+")
 SUFFIX = "_demo"
 """Of a file's name behind that of its task."""
 NOOP = 1e-4
@@ -54,7 +56,8 @@ class Libero:
         result = []
         for path in self._files():
             with _opened(path) as file:
-                names = sorted(file["data"], key=lambda name: int(name.removeprefix("demo_")))
+                # In the order of their numbers; what is called otherwise is told of later.
+                names = sorted(file["data"], key=lambda name: (len(name), name))
             result += [Shard(path, tuple(names[i : i + DEMONSTRATIONS])) for i in range(0, len(names), DEMONSTRATIONS)]
         return result
 
@@ -64,12 +67,19 @@ class Libero:
             for name in shard.names:
                 where = f"{shard.path}, {name}"
                 try:
+                    if not NAME.fullmatch(name):
+                        raise KeyError("a group of another name than demo_NUMBER")
                     demo = file["data"][name]
                     actions: np.ndarray = demo["actions"][:].astype(np.float64)
+                    pictures = {camera: demo["obs"][key][:] for camera, key in CAMERAS.items()}
+                    parts = [demo["obs"][key][:] for key in STATES]
+                    lengths = [len(actions), *map(len, pictures.values()), *map(len, parts)]
+                    if actions.ndim != 2 or actions.shape[1] != 7 or len(set(lengths)) != 1:
+                        raise ValueError(f"actions {actions.shape}, and {lengths} steps by feature")
                     keep = np.arange(len(actions)) if self.keep_noops else np.flatnonzero(moves(actions))
-                    images = {camera: demo["obs"][key][:][keep, ::-1, ::-1] for camera, key in CAMERAS.items()}
-                    states = np.concatenate([demo["obs"][key][:] for key in STATES], 1)[keep]
-                except (KeyError, OSError, IndexError) as error:
+                    images = {camera: frames[keep, ::-1, ::-1] for camera, frames in pictures.items()}
+                    states = np.concatenate(parts, 1)[keep]
+                except (AttributeError, KeyError, IndexError, OSError, RuntimeError, TypeError, ValueError) as error:
                     yield _damaged(where, error)
                     continue
                 if dropped := len(actions) - len(keep):

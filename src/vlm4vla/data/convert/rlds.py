@@ -117,8 +117,17 @@ class Rlds:
         mapping = self.mapping
         texts = _bytes(where, features, mapping.instruction)
         pictures = {camera: _bytes(where, features, name) for camera, name in mapping.images.items()}
-        steps = len(next(iter(pictures.values())))
-        actions = _numbers(where, features, mapping.action, steps).astype(np.float64)
+        counts = {camera: len(files) for camera, files in pictures.items()}
+        steps = next(iter(counts.values()))
+        if set(counts.values()) != {steps}:
+            raise UserError(f"{where}: pictures {counts}", "the same number of each camera", "download the file again")
+        actions, width = _numbers(where, features, mapping.action, steps).astype(np.float64), len(self.convention.names)
+        if actions.shape[1] != width:
+            raise UserError(
+                f"{where}: {actions.shape[1]} numbers a step in {mapping.action!r}",
+                f"{width}, as in the mapping's convention",
+                "mend the mapping, or the raw data",
+            )
         states = None if mapping.state is None else _numbers(where, features, mapping.state, steps)
         task = texts[0].decode(errors="replace").strip() if texts else ""
         if not task:
@@ -135,9 +144,12 @@ class Rlds:
                     f"{where}: no state of six numbers", "one, to relabel actions by", "name it in the mapping"
                 )
             actions[:-1, :6] = change(states[:, :6].astype(np.float64))
-        images = {
-            camera: np.stack([_decode(where, file) for file in files[first:last]]) for camera, files in pictures.items()
-        }
+        images = {}
+        for camera, files in pictures.items():
+            frames = [_decode(where, file) for file in files[first:last]]
+            if len(sizes := {frame.shape for frame in frames}) > 1:
+                raise UserError(f"{where}: pictures of {sorted(sizes)}", "one size", "download the file again")
+            images[camera] = np.stack(frames)
         kept = None if states is None else states[first:last]
         if left := first + steps - last:
             yield Left("first and last steps, by the mapping", left)
@@ -182,9 +194,10 @@ def _bytes(where: str, features: dict[str, Feature], name: str) -> list[bytes]:
 def _numbers(where: str, features: dict[str, Feature], name: str, steps: int) -> np.ndarray:
     """(T, D)"""
     values = _find(where, features, name)
-    if isinstance(values, list) or not steps or len(values) % steps:
+    if isinstance(values, list) or not steps or not len(values) or len(values) % steps:
+        kind = "texts" if isinstance(values, list) and values else "numbers"
         raise UserError(
-            f"{where}: {len(values)} {'texts' if isinstance(values, list) else 'numbers'} in {name!r} at {steps} steps",
+            f"{where}: {len(values)} {kind} in {name!r} at {steps} steps",
             "the same number of numbers at each step",
             "mend the mapping, or the raw data",
         )
@@ -194,5 +207,5 @@ def _numbers(where: str, features: dict[str, Feature], name: str, steps: int) ->
 def _decode(where: str, file: bytes) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # a broken PNG is a SyntaxError
         raise UserError(f"{where}: a damaged picture ({error})", "JPEG or PNG", "download the file again") from error
