@@ -109,7 +109,7 @@ class Simpler:
             from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
 
             BaseBridgeEnv.rgb_overlay_mode, BaseBridgeEnv.SUPPORTED_OBS_MODES = "none", ["none"]
-        self._make = gymnasium.make
+        self._make: Any = gymnasium.make
         self._env: Any = None
         self._start: dict[str, np.ndarray] = {}
         self._steps, self._grasped_for, self.done = 0, 0, True
@@ -125,7 +125,7 @@ class Simpler:
         if not 0 <= seed < NUM_EPISODES:
             raise ValueError(f"seed {seed}; there are the episodes 0 to {NUM_EPISODES - 1}")
         self.close()
-        self._env = env = self._make(
+        env = self._make(
             self.task.env,
             obs_mode="none" if self.render == "none" else "rgb+segmentation",
             control_mode=CONTROL,
@@ -133,6 +133,7 @@ class Simpler:
             sim_backend="physx_cpu",
             render_backend=self.render,
         ).unwrapped
+        self._env = env
         if self.task is TASKS["eggplant"]:
             env.quat_configs = env.quat_configs[list(EGGPLANT_ROTATIONS)]
         env.reset(seed=0, options={"episode_id": seed})
@@ -157,10 +158,9 @@ class Simpler:
     def _judge(self) -> tuple[bool, dict[str, bool]]:
         env = self._env
         source, target = (env.objs[name] for name in env.obj_names[:2])
-        halves = [
-            box.cpu().numpy() / 2 for box in (env.episode_source_obj_bbox_world, env.episode_target_obj_bbox_world)
-        ]
-        success = on_target(_place(source) - _place(target), *halves, self.task.slack_z)
+        half_source = env.episode_source_obj_bbox_world.cpu().numpy() / 2
+        half_target = env.episode_target_obj_bbox_world.cpu().numpy() / 2
+        success = on_target(_place(source) - _place(target), half_source, half_target, self.task.slack_z)
         touching = contacts(env.scene.get_contacts(), source)
         if success and self.task.alone:
             allowed = {_entity(target), *(_entity(link) for link in env.agent.robot.get_links())}
