@@ -34,12 +34,14 @@ class FakeSim:
 
     convention = CONVENTION
 
-    def __init__(self, image_size=8, max_steps=12, trouble=None, scar=None, step_s=0.0, refuse=False):
+    def __init__(
+        self, image_size=8, max_steps=12, trouble=None, scar=None, step_s=0.0, refuse=False, cameras=("main",)
+    ):
         if refuse:
             raise UserError("a simulator without assets", "assets", "fetch them")
         print("a library that prints to stdout")
         self.image_size, self.max_steps, self.step_s = image_size, max_steps, step_s
-        self.trouble, self.scar = trouble or {}, scar
+        self.trouble, self.scar, self.cameras = trouble or {}, scar, cameras
 
     def reset(self, seed):
         if seed < 0:
@@ -79,10 +81,15 @@ class FakeSim:
 
     def observe(self):
         image = np.full((self.image_size, self.image_size, 3), round(np.clip(self.x * 100 + 63, 0, 255)), np.uint8)
-        return Observation({"main": image}, f"go to 0 (seed {self.seed})")
+        return Observation({camera: image for camera in self.cameras}, f"go to 0 (seed {self.seed})")
 
     def close(self):
         pass
+
+
+class OneEyed(FakeSim):
+    def __init__(self, image_size=8, max_steps=12):
+        super().__init__(image_size, max_steps)
 
 
 class FakePolicy:

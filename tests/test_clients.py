@@ -279,6 +279,7 @@ def test_a_camera_or_state_that_is_missing_is_told():
         stand_ins.websocket({}, lambda request: {"actions": np.zeros((10, 7))}) as address,
         opened(f"openpi://{address}", view="pi0_libero", name="x") as source,
     ):
+        assert source.cameras == ("main", "wrist"), "which the simulator is then asked for"
         whole = libero()
         for wrong, words in (
             (Observation({"main": whole.images["main"]}, "go", whole.state), "wrist"),

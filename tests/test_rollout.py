@@ -115,6 +115,24 @@ def test_a_fault_costs_three_starts(store, monkeypatch):
     assert len(starts) == TRIES
 
 
+def test_a_policy_sees_the_cameras_that_it_needs_and_no_others(store):
+    class Seeing(FakePolicy):
+        def predict(self, observations):
+            seen.update(frozenset(observation.images) for observation in observations)
+            return super().predict(observations)
+
+    seen = set()
+    plain = run(store, "plain", policy=Seeing())
+    assert seen == {frozenset({"main"})}
+    seen.clear()
+    assert outcomes(run(store, "both", policy=Seeing(), cameras=["wrist"])) == outcomes(plain)
+    assert seen == {frozenset({"main", "wrist"})}
+    one_eyed = replace(protocol(), name="fake/one-eyed/v1", sim="fake_sim:OneEyed")
+    assert len(run(store, named=one_eyed, episodes=1)) == 1
+    with pytest.raises(UserError, match=r"(?s)renders the camera main alone.*main, wrist"):
+        run(store, named=one_eyed, episodes=2, cameras=["main", "wrist"])
+
+
 def test_what_cannot_work_is_refused_at_once(store):
     other = FakePolicy(replace(CONVENTION, gripper="1=closed,0=open"))
     with pytest.raises(UserError, match="gripper"):

@@ -174,6 +174,7 @@ def evaluate(
                     store,
                     source.name,
                     image_size=source.image_size,
+                    cameras=source.cameras,
                     workers=workers,
                     progress=sys.stderr.isatty(),
                     strips=folder / "strips",

@@ -11,6 +11,7 @@ Shapes: H horizon, A action dimensions.
 
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,7 @@ def evaluate(
     run_id: str,
     *,
     image_size: int,
+    cameras: Sequence[str] = ("main",),
     workers: int = 2,
     progress: bool = True,
     timeout_s: float = 120.0,
@@ -90,6 +92,7 @@ def evaluate(
 
     Args:
         image_size: height and width in pixels of what the simulator renders.
+        cameras: what the policy sees; a simulator is asked for others than ``main`` only where they are needed.
         timeout_s: a worker that gives no reply for so long is restarted.
         strips: folder for PNG film strips of the frames that the policy saw in the first ``num_strips`` episodes.
         sim_python: the interpreter of the workers (``sims/environments.py``).
@@ -109,7 +112,9 @@ def evaluate(
     with locked(lock, f"evaluation of {run_id} under {protocol.name}"):
         store.declare(protocol.name, protocol.to_dict())
         evaluation = _Evaluation(policy, protocol, episodes, store, run_id, timeout_s, film)
-        return evaluation.run(workers, image_size, progress, sim_python)
+        others = [camera for camera in cameras if camera != "main"]
+        sight = {"image_size": image_size} | ({"cameras": ["main", *others]} if others else {})
+        return evaluation.run(workers, sight, progress, sim_python)
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,8 @@ class _Evaluation:
         self.versions: dict[str, str] = {}
         self.running: dict[Worker, Attempt] = {}
 
-    def run(self, num_workers: int, image_size: int, progress: bool, sim_python: str | None) -> list[EpisodeResult]:
-        kwargs = {**self.protocol.sim_args, "image_size": image_size, "max_steps": self.protocol.max_steps}
+    def run(self, num_workers: int, sight: dict, progress: bool, sim_python: str | None) -> list[EpisodeResult]:
+        kwargs = {**self.protocol.sim_args, **sight, "max_steps": self.protocol.max_steps}
         bar = tqdm(
             total=self.episodes,
             initial=len(self.finished),

@@ -37,6 +37,8 @@ class Source:
     """Height and width in pixels of the picture that the policy sees."""
     state_size: int = 0
     """S, numbers of proprioception that the policy needs; 0: none."""
+    cameras: tuple[str, ...] = ("main",)
+    """The simulator's cameras that the policy sees."""
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def _remote(scheme: str, address: str, view: str | None, name: str | None, token
         name = f"{name}-{content_hash(look.model_dump(mode='json'))}"
     policy = DIALECTS[scheme](address, look, convention, token)
     try:
-        yield Source(policy, name, look.chunk, look.picture.render, state_size)
+        yield Source(policy, name, look.chunk, look.picture.render, state_size, tuple(look.cameras))
     finally:
         policy.close()
 

@@ -1,6 +1,7 @@
 """Simulators by name. Outsiders name theirs as ``module:Class``."""
 
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -21,7 +22,7 @@ PACKAGES = ("numpy", "mujoco", "gymnasium", "mani_skill", "sapien", "robosuite",
 
 
 def make(name: str, **kwargs: Any) -> Sim:
-    """Build a simulator. Raises ``UserError`` on an unknown name or where its packages are missing."""
+    """Build a simulator. Raises ``UserError`` on an unknown name, cameras it does not have, or missing packages."""
     target = SIMS.get(name, name)
     module, _, attribute = target.partition(":")
     if not attribute:
@@ -42,6 +43,12 @@ def make(name: str, **kwargs: Any) -> Sim:
         raise UserError(
             f"the simulator {name!r} does not import: {error}", f"{target} and its packages", mend
         ) from error
+    if "cameras" in kwargs and "cameras" not in inspect.signature(cls).parameters:
+        raise UserError(
+            f"the simulator {name}, which renders the camera main alone",
+            f"the cameras {', '.join(kwargs['cameras'])}, which this policy was trained with",
+            "evaluate it where these cameras are, or a policy that needs main only",
+        )
     try:
         return cls(**kwargs)
     except ImportError as error:

@@ -22,7 +22,11 @@ class StepOutcome:
 
 
 class Sim(Protocol):
-    """One environment. No torch, no threads; one per process (``sims/worker.py``)."""
+    """One environment. No torch, no threads; one per process (``sims/worker.py``).
+
+    It is built with ``image_size`` and ``max_steps``, and with ``cameras`` (names, ``main`` first) where a policy needs
+    others than ``main``: one that has no such argument is refused then.
+    """
 
     convention: Convention
 

@@ -30,6 +30,7 @@ import os
 import pickletools
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
@@ -50,13 +51,15 @@ NUM_STATES = 50
 SETTLE_STEPS = 10
 RENDER_SIZE = 256
 """Pixels; what the published evaluations render before they resize."""
+CAMERAS = {"main": "agentview", "wrist": "robot0_eye_in_hand"}
 PUBLISHED_SEED = 0
 """OpenVLA's and VLM4VLA's; openpi takes 7."""
 CONFIG = Path(__file__).parent / "libero_config"
 
 
 class Libero:
-    """One task at a time of a suite (see ``sims/base.py``). Cameras: ``main`` (agentview).
+    """One task at a time of a suite (see ``sims/base.py``). Cameras: ``main`` (agentview), and ``wrist`` (eye in
+    hand) where it is asked for; both are turned by 180 degrees.
 
     State (8,): end-effector position in metres, its axis-angle in radians, the positions of both fingers in metres.
     """
@@ -69,6 +72,7 @@ class Libero:
         layouts: Literal["seeded", "published"] = "seeded",
         image_size: int = RENDER_SIZE,
         max_steps: int | None = None,
+        cameras: Sequence[str] = ("main",),
     ) -> None:
         """Episode seeds run from 0 to tasks x ``NUM_STATES`` - 1. ``seeded``: task = seed modulo tasks, so that the
         first episodes are spread over all tasks; ``published``: task after task.
@@ -81,7 +85,9 @@ class Libero:
             )
         if layouts not in ("seeded", "published"):
             raise UserError(f"layouts {layouts!r}", "seeded or published", "name one of the two")
-        self.suite, self.layouts, self.image_size = suite, layouts, image_size
+        if unknown := set(cameras) - CAMERAS.keys():
+            raise UserError(f"the cameras {sorted(unknown)}", f"some of {', '.join(CAMERAS)}", "name those")
+        self.suite, self.layouts, self.image_size, self.cameras = suite, layouts, image_size, cameras
         self.max_steps = SUITES[suite] if max_steps is None else max_steps
         self._root = _open_libero()
         self._names = _module(self._root / "benchmark" / "libero_suite_task_map.py").libero_task_map[suite]
@@ -134,7 +140,7 @@ class Libero:
             bddl_file_name=str(self._root / "bddl_files" / self.suite / f"{self._names[task]}.bddl"),
             use_camera_obs=False,
             has_offscreen_renderer=True,
-            camera_names=["agentview"],
+            camera_names=[CAMERAS["main"]],
             ignore_done=True,
         )
         self._task, self._resets = task, 0
@@ -182,18 +188,22 @@ class Libero:
         context, now = self._env.sim._render_context_offscreen, self._env.sim.data
         context.data = SimpleNamespace(_data=self._moment)
         try:
-            image = self._env.sim.render(camera_name="agentview", width=RENDER_SIZE, height=RENDER_SIZE)[::-1, ::-1]
+            images = {camera: self._render(CAMERAS[camera]) for camera in self.cameras}
         finally:
             context.data = now
+        seen = self._env.env._get_observations()
+        angle = axis_angle(seen["robot0_eef_quat"])
+        state = np.concatenate([seen["robot0_eef_pos"], angle, seen["robot0_gripper_qpos"]])
+        return Observation(images, self._instruction, state.astype(np.float32))
+
+    def _render(self, camera: str) -> np.ndarray:
+        image = self._env.sim.render(camera_name=camera, width=RENDER_SIZE, height=RENDER_SIZE)[::-1, ::-1]
         if self.image_size != RENDER_SIZE:
             from PIL import Image
 
             size = (self.image_size, self.image_size)
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        seen = self._env.env._get_observations()
-        angle = axis_angle(seen["robot0_eef_quat"])
-        state = np.concatenate([seen["robot0_eef_pos"], angle, seen["robot0_gripper_qpos"]])
-        return Observation({"main": np.ascontiguousarray(image)}, self._instruction, state.astype(np.float32))
+        return np.ascontiguousarray(image)
 
     def expert(self) -> np.ndarray:
         raise NotImplementedError("LIBERO has no scripted expert; its demonstrations are a data set")
