@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlm4vla import sims
 from vlm4vla.errors import UserError
 from vlm4vla.sims import environments
 from vlm4vla.sims.check import SimCheckError, check_sim
@@ -146,6 +147,63 @@ def test_a_half_built_environment_is_built_anew_and_a_whole_one_kept(cache, tmp_
     assert build(python("3 13")) == (True, (3, 13)), "its Python is gone"
     with pytest.raises(UserError, match=r"which is Python 3\.9"):
         build(python("3 9"))
+
+
+def test_the_pinned_revision_is_fetched_recorded_and_compared(cache, tmp_path, monkeypatch):
+    origin, source = tmp_path / "origin", "https://example.org/assets"
+
+    def git(*command):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(["git", "-C", origin, *who, *command], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    origin.mkdir()
+    git("init", "-q")
+    commits = []
+    for text in ("first", "second"):
+        (origin / "scene").write_text(text)
+        git("add", ".")
+        git("commit", "-qm", text)
+        commits.append(git("rev-parse", "HEAD"))
+    for name, value in {"COUNT": "1", "KEY_0": f"url.file://{origin}.insteadOf", "VALUE_0": source}.items():
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+
+    def pin(revision):
+        changed = replace(real, must_hold=("scene",), source=source, revision=revision)
+        monkeypatch.setitem(environments.ENVIRONMENTS, "calvin", changed)
+
+    def assets(given=None):
+        found = environments._assets("calvin", given, link, True, lambda _: None)
+        link.unlink(missing_ok=True)
+        link.symlink_to(found)
+        return (found / "scene").read_text(), environments._revision(found)
+
+    real, target = environments.ENVIRONMENTS["calvin"], cache / "sims" / "calvin"
+    target.mkdir(parents=True)
+    link = target / "link"
+    pin(commits[0])
+    assert assets() == ("first", commits[0])
+    assert (target / "assets.revision").read_text() == f"{commits[0]}\n"
+    with pytest.raises(UserError, match=f"of revision {commits[1]}"):
+        assets(origin)
+    pin(None)
+    assert assets() == ("first", commits[0]), "what is there is kept"
+    assert assets(origin) == ("second", commits[1]), "a clone knows its commit"
+
+    ready = {"requirements": environments._digest("calvin"), "assets": str(target / "assets"), "revision": commits[0]}
+    (target / "ready.json").write_text(json.dumps(ready))
+    assert environments.missing("calvin") is None
+    pin(commits[1])
+    assert "as pinned" in str(environments.missing("calvin"))
+    link.unlink()
+    link.symlink_to(target / "assets")
+    assert assets() == ("second", commits[1]), "fetched again"
+
+    monkeypatch.setattr(sys, "prefix", str(target / "venv"))
+    assert sims.versions(None)["assets"] == commits[0]
+    (target / "ready.json").write_text(json.dumps(ready | {"revision": None}))
+    assert sims.versions(None)["assets"] == "unknown", "the user brought them"
+    assert environments.missing("calvin") is None
 
 
 def test_pinned_lists_are_complete():

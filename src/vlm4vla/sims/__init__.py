@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm4vla.errors import UserError, nearest
 from vlm4vla.sims.base import Sim
-from vlm4vla.sims.environments import ENVIRONMENTS
+from vlm4vla.sims.environments import ENVIRONMENTS, assets_version
 
 SIMS = {
     "grinningface": "vlm4vla.sims.grinningface.env:GrinningFace",
@@ -56,8 +56,9 @@ def make(name: str, **kwargs: Any) -> Sim:
 
 
 def versions(sim: Sim) -> dict[str, str]:
-    """What a result in ``sim`` depends on: the packages imported here, and what it names in an attribute ``versions``
-    (optional; GrinningFace: emoji font and OpenGL backend)."""
+    """What a result in ``sim`` depends on: the packages imported here, the revision of the assets in an environment of
+    ``sims setup``, and what it names in an attribute ``versions`` (optional; GrinningFace: emoji font and OpenGL
+    backend)."""
     loaded = {name: sys.modules[name] for name in PACKAGES if name in sys.modules}
     packages = {name: str(getattr(module, "__version__", "unknown")) for name, module in loaded.items()}
-    return {**packages, **getattr(sim, "versions", {})}
+    return {**packages, **assets_version(), **getattr(sim, "versions", {})}

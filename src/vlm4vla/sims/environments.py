@@ -4,6 +4,7 @@
 
     venv/        Python with exactly the packages of ``requirements/<NAME>.txt`` (nothing is resolved), and a link to
                  the simulator's assets where its code looks for them
+    assets/      what was fetched, and of which revision in ``assets.revision``; written after it
     frame.png    the picture that proved it
     ready.json   written last: where it is and fits the pinned versions, workers of NAME run here by themselves
 
@@ -37,8 +38,6 @@ class Environment:
     """Versions of Python for which all pinned packages exist."""
     link: str
     """Where below ``site-packages`` the simulator's code looks for its assets."""
-    inside: str
-    """The path inside the assets folder to which ``link`` points (``.``: the folder itself)."""
     must_hold: tuple[str, ...]
     """Paths by which an assets folder is recognised."""
     source: str | None
@@ -46,6 +45,8 @@ class Environment:
     brings them (ManiSkill: ``python -m mani_skill.utils.download_asset``, which fills its ``MS_ASSET_DIR``)."""
     size: str
     licence: str
+    revision: str | None = None
+    """The commit of ``source`` that is fetched; None: its newest, and which one that was is kept."""
     resolved: tuple[str, ...] = ()
     """Packages to install with what they depend on: torch, whose build is the machine's."""
 
@@ -54,7 +55,6 @@ ENVIRONMENTS = {
     "libero": Environment(
         pythons=((3, 11), (3, 12), (3, 13)),
         link="libero/libero/assets",
-        inside=".",
         must_hold=("articulated_objects", "scenes", "stable_hope_objects", "textures"),
         source="lerobot/libero-assets",
         size="420 MB",
@@ -63,16 +63,15 @@ ENVIRONMENTS = {
     "calvin": Environment(
         pythons=((3, 11),),
         link="calvin",
-        inside=".",
         must_hold=("calvin_env/calvin_env", "calvin_env/data", "calvin_models/conf/annotations"),
         source="https://github.com/mees/calvin",
         size="45 MB with its submodule calvin_env",
         licence="MIT; the meshes of the arm Apache-2.0",
+        revision="fa03f01f19c65920e18cf37398a9ce859274af76",
     ),
     "simpler": Environment(
         pythons=((3, 11),),
         link="maniskill_assets",
-        inside=".",
         must_hold=("data/tasks/bridge_v2_real2sim_dataset/custom", "data/robots/widowx"),
         source=None,
         size="size not measured",
@@ -123,7 +122,17 @@ def missing(name: str) -> str | None:
         return f"{folder(name)} was set up with other versions than this vlm4vla pins"
     if not assets.is_dir():
         return f"the assets of {name} are no longer at {assets}"
+    if not _wanted(name, ready.get("revision")):
+        return f"{assets} is of revision {ready['revision']}, not {ENVIRONMENTS[name].revision} as pinned"
     return None
+
+
+def assets_version() -> dict[str, str]:
+    """``{"assets": revision}`` where this process runs in a simulator's environment; empty elsewhere."""
+    path = Path(sys.prefix).parent / "ready.json"
+    if not path.is_file():
+        return {}
+    return {"assets": json.loads(path.read_text()).get("revision") or "unknown"}
 
 
 def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, say: Say) -> Path:
@@ -150,10 +159,10 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
         found = _assets(name, assets, link, fetch, say)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to((found / environment.inside).resolve(), target_is_directory=True)
+        link.symlink_to(found.resolve(), target_is_directory=True)
         say("rendering a frame")
         picture = _prove(name, target)
-        ready = {"requirements": _digest(name), "assets": str(found.resolve())}
+        ready = {"requirements": _digest(name), "assets": str(found.resolve()), "revision": _revision(found)}
         write_text(target / "ready.json", json.dumps(ready, indent=1) + "\n")
     return picture
 
@@ -174,7 +183,7 @@ def _build(name: str, target: Path, python: str | None, say: Say) -> None:
 def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) -> Path:
     environment = ENVIRONMENTS[name]
     fetched = folder(name) / "assets"
-    if given is None and link.is_dir():
+    if given is None and link.is_dir() and _wanted(name, _revision(link.resolve())):
         return link.resolve()
     if given is None and environment.source is None:
         raise UserError(
@@ -190,8 +199,9 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
         )
     if given is None and environment.source is not None:
         say(f"fetching {environment.source} ({environment.size}; licence: {environment.licence})")
+        link.unlink(missing_ok=True)  # half-fetched assets are not taken for whole ones
         try:
-            _fetch(environment.source, fetched)
+            _fetch(environment.source, environment.revision, fetched)
         except Exception as error:  # the hub's own, the network's and the disk's: many types, one meaning
             raise UserError(
                 f"{environment.source} could not be fetched: {error}",
@@ -207,17 +217,51 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
             f"the assets of {name}: {', '.join(environment.must_hold)}",
             f"ls {given}",
         )
+    if not _wanted(name, revision := _revision(given)):
+        raise UserError(
+            f"{given} of revision {revision}",
+            f"{environment.revision}, with which {name} was checked",
+            f"git -C {given} checkout --recurse-submodules {environment.revision}",
+        )
     return given
 
 
-def _fetch(source: str, target: Path) -> None:
+def _wanted(name: str, revision: str | None) -> bool:
+    """Whether assets of ``revision`` (None: not known, the user brought them) are those that are pinned."""
+    return revision is None or ENVIRONMENTS[name].revision in (None, revision)
+
+
+def _revision(assets: Path) -> str | None:
+    """What ``_fetch`` wrote down, or the commit of a clone; None where neither is known."""
+    record = _record(assets)
+    if record.is_file():
+        return record.read_text().strip()
+    if not (assets / ".git").exists() or shutil.which("git") is None:
+        return None
+    return _run(["git", "-c", "safe.directory=*", "-C", str(assets), "rev-parse", "HEAD"]).strip()
+
+
+def _record(assets: Path) -> Path:
+    return assets.with_name(f"{assets.name}.revision")
+
+
+def _fetch(source: str, revision: str | None, target: Path) -> None:
+    """Bring ``revision`` of ``source`` (None: the newest) to ``target``, then write down which it was."""
+    _record(target).unlink(missing_ok=True)
     if source.startswith("https://"):
         shutil.rmtree(target, ignore_errors=True)
-        _run(["git", "clone", "-q", "--depth=1", "--recurse-submodules", "--shallow-submodules", source, str(target)])
+        git = ["git", "-C", str(target)]
+        _run(["git", "init", "-q", str(target)])
+        _run([*git, "fetch", "-q", "--depth=1", source, revision or "HEAD"])
+        _run([*git, "checkout", "-q", "FETCH_HEAD"])
+        _run([*git, "submodule", "update", "-q", "--init", "--recursive", "--depth=1"])
+        revision = _run([*git, "rev-parse", "HEAD"]).strip()
     else:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
-        snapshot_download(source, repo_type="dataset", local_dir=target)
+        revision = HfApi().dataset_info(source, revision=revision).sha
+        snapshot_download(source, repo_type="dataset", revision=revision, local_dir=target)
+    write_text(_record(target), f"{revision}\n")
 
 
 def _prove(name: str, target: Path) -> Path:
