@@ -324,6 +324,18 @@ def test_one_observation_cannot_spoil_the_batch_of_others(caplog):
     assert "secret path" in caplog.text
 
 
+def test_a_policy_that_answers_too_little_does_not_end_the_server(caplog):
+    policy = FakePolicy()
+    with running(service(policy)) as server, server.connect("starvla") as client:
+        client.recv()
+        policy.predict = lambda observations: []
+        message = {"examples": [{"image": [picture()], "lang": "go"}] * 2}
+        assert "RuntimeError" in ask(client, message)["error"]["message"]
+        del policy.predict
+        assert ask(client, message)["ok"]
+    assert "with 0 chunks" in caplog.text
+
+
 def test_a_client_that_leaves_in_mid_request_harms_nobody():
     policy = FakePolicy(delay_s=0.4)
     with running(service(policy), max_batch=1) as server, server.connect("openpi") as stays, ExitStack() as stack:

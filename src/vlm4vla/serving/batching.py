@@ -96,6 +96,8 @@ class Batcher:
         """In the inference thread. Where a batch fails, each observation is tried alone: one must not harm others."""
         try:
             chunks = self.policy.predict(observations)
+            if len(chunks) != len(observations):
+                raise RuntimeError(f"the policy answered {len(observations)} observations with {len(chunks)} chunks")
             return [chunk if np.isfinite(chunk.actions).all() else _not_finite() for chunk in chunks]
         except Exception as error:
             if len(observations) == 1:
