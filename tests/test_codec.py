@@ -1,5 +1,6 @@
 """The codec takes what the projects write, in both forms, and nothing else; no message takes the server down."""
 
+import math
 import resource
 import time
 
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL.PngImagePlugin import PngImageFile
 
 from mutants import mutants, png
 from policy_server import running, service
+from vlm4vla.serving import codec
 from vlm4vla.serving.codec import DTYPES, MAX_CONTAINERS, MAX_DEPTH, MAX_ITEMS, MAX_TEXT, MalformedMessage, pack, unpack
 
 DIALECTS = ("openpi", "vla-eval", "starvla")
@@ -86,6 +89,20 @@ def test_pictures():
     ):
         with pytest.raises(MalformedMessage):
             unpack(msgpack.packb(wrong))
+
+
+def test_the_pictures_of_a_message_share_a_budget_that_is_checked_before_decoding(monkeypatch):
+    decoded = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda self: decoded.append(self.size) or load(self))
+    large = png(size=2048)  # 12 MiB that travel as some KiB
+    fits = codec.MAX_PICTURES // math.prod(large["shape"])
+    message = msgpack.packb({"images": [large] * 12})
+    assert len(message) < 1 << 20
+    with pytest.raises(MalformedMessage, match="64 MiB"):
+        unpack(message)
+    assert 0 < len(decoded) <= fits
+    assert len(unpack(msgpack.packb([large] * fits))) == fits, "the next message has its own"
 
 
 def array(**changes):

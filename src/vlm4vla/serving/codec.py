@@ -11,6 +11,7 @@ match, deep nesting, many small containers, pictures that are no PNG or JPEG or 
 
 import io
 import math
+from functools import partial
 from typing import Any, Literal
 
 import msgpack
@@ -29,8 +30,8 @@ MAX_ITEMS = 1024
 MAX_TEXT = 1 << 16
 """Bytes of one text."""
 MAX_DIMS = 8
-MAX_PIXELS = 1 << 24
-"""Of one picture: 16 million, four 4K frames."""
+MAX_PICTURES = 1 << 26
+"""Decoded bytes of all compressed pictures in one message: two 4K frames, or hundreds of the usual sizes."""
 FORMATS = {"png": "PNG", "jpeg": "JPEG"}
 
 
@@ -69,7 +70,7 @@ def unpack(data: bytes, pictures: bool = True) -> Any:
     Raises:
         MalformedMessage: anything but the documented forms, or beyond the limits above.
     """
-    containers = 0
+    containers, room = 0, _Room() if pictures else None
 
     def count(value: Any) -> Any:
         nonlocal containers
@@ -95,26 +96,37 @@ def unpack(data: bytes, pictures: bool = True) -> Any:
     # msgpack has no common base for what it raises on strange bytes; a defect of ours in `count` would show in tests.
     except Exception as error:
         raise MalformedMessage(f"not MessagePack within the limits ({type(error).__name__}: {error})") from None
-    return _decode(value, 0, pictures)
+    return _decode(value, 0, room)
 
 
-def _decode(value: Any, depth: int, pictures: bool) -> Any:
+class _Room:
+    """What the compressed pictures of a message may still take: a blank one of 48 MiB travels as 48 KiB."""
+
+    def __init__(self) -> None:
+        self._left = MAX_PICTURES
+
+    def take(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise MalformedMessage(f"pictures of more than {MAX_PICTURES >> 20} MiB in one message, decoded")
+
+
+def _decode(value: Any, depth: int, room: _Room | None) -> Any:
     if depth > MAX_DEPTH:
         raise MalformedMessage(f"nested deeper than {MAX_DEPTH}")
     if isinstance(value, list):
-        return [_decode(item, depth + 1, pictures) for item in value]
+        return [_decode(item, depth + 1, room) for item in value]
     if isinstance(value, dict):
         named = {key.decode("utf-8", "replace") if isinstance(key, bytes) else key: item for key, item in value.items()}
         if len(named) != len(value):
             raise MalformedMessage("a key twice, as bytes and as text")
-        for marker, decode in (("__ndarray__", _array), ("__npgeneric__", _scalar), ("__image__", _picture)):
+        picture = partial(_picture, room=room)
+        for marker, decode in (("__ndarray__", _array), ("__npgeneric__", _scalar), ("__image__", picture)):
             if marker in named:
-                if decode is _picture and not pictures:
-                    raise MalformedMessage("a compressed picture, which this dialect does not have")
                 if named.pop(marker) is not True:
                     raise MalformedMessage(f"{marker} that is not true")
                 return decode(named)
-        return {key: _decode(item, depth + 1, pictures) for key, item in named.items()}
+        return {key: _decode(item, depth + 1, room) for key, item in named.items()}
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
     raise MalformedMessage(f"a {type(value).__name__}")  # a timestamp
@@ -164,7 +176,9 @@ def _scalar(value: dict) -> bool | int | float:
         raise MalformedMessage(f"a scalar that {dtype} does not hold") from None
 
 
-def _picture(value: dict) -> np.ndarray:
+def _picture(value: dict, room: _Room | None) -> np.ndarray:
+    if room is None:
+        raise MalformedMessage("a compressed picture, which this dialect does not have")
     if value.get("format") == "raw":
         return array(*_fields(value, "format", "data", "dtype", "shape")[1:])
     form, data, sizes = _fields(value, "format", "data", "shape")
@@ -175,8 +189,9 @@ def _picture(value: dict) -> np.ndarray:
         picture = Image.open(io.BytesIO(data), formats=[FORMATS[form]])
         channels = {"L": 1, "RGB": 3, "RGBA": 4}.get(picture.mode, 0)
         declared = (shape[0], shape[1], shape[2]) if len(shape) == 3 else None
-        if declared != (picture.height, picture.width, channels) or picture.height * picture.width > MAX_PIXELS:
+        if declared != (picture.height, picture.width, channels):
             raise MalformedMessage(f"a picture of {picture.size} in mode {picture.mode}, declared as {shape}")
+        room.take(math.prod(shape))  # so far only its header has been read
         return np.asarray(picture).reshape(shape)
     except MalformedMessage:
         raise
