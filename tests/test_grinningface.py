@@ -373,6 +373,8 @@ def test_the_demo_leaves_a_strip_and_a_film(tmp_path):
 
 def test_every_protocol_builds_and_says_its_rule():
     for name in protocols.protocol_names():
+        if not name.startswith("grinningface/"):
+            continue
         each = protocols.protocol(name)
         env = make(each.sim, **each.sim_args)
         assert isinstance(env, GrinningFace)
