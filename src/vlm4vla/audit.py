@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
     "resampling": ("what the model's processor makes of it", ("data.image_size", "compat")),
     "visual_tokens": ("tokens of the picture in the LLM's sequence", ("data.image_size", "compat")),
     "prompt": ("text around the instruction", ()),
-    "query": ("where the action query sits", ()),
+    "query": ("where the action query sits, and what it is at first", ("query_init",)),
     "positions": ("how the LLM tells positions", ()),
     "mask": ("who attends to whom", ()),
     "attention": ("implementation of attention", ()),

@@ -69,7 +69,7 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
         "resampling": _resampling(processor, pictures),
         "visual_tokens": str(tokens),
         "prompt": backbone.inputs.prompt("{instruction}"),
-        "query": "one position, right after the unpadded prompt",
+        "query": f"one position, right after the unpadded prompt; at first {spec.query_init}",
         "positions": _positions(vlm.config.get_text_config()),
         "mask": _mask(vlm, backbone.inputs.family.query_type, inputs),
         "attention": str(vlm.config._attn_implementation),
