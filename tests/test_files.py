@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+from vlm4vla.data import hub
 from vlm4vla.errors import mendable
 from vlm4vla.files import replacing, write_text
+from vlm4vla.sims import environments
 
 
 def test_the_file_appears_whole_and_nothing_else_stays(tmp_path):
@@ -62,3 +64,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
     assert alive.exists()
     assert elsewhere.exists()
     assert any(name.startswith(".b.txt.") for name in left)
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "where"),
+    [
+        (None, None, "home/.cache/vlm4vla"),
+        ("", "", "home/.cache/vlm4vla"),
+        ("~/mine", "elsewhere", "home/mine"),
+        ("", "~/xdg", "home/xdg/vlm4vla"),
+    ],
+)
+def test_everything_that_is_fetched_lies_in_one_cache(tmp_path, monkeypatch, own, xdg, where):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, value in {"VLM4VLA_CACHE": own, "XDG_CACHE_HOME": xdg}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert environments.folder("libero") == tmp_path / where / "sims" / "libero"
+    assert hub.place("lab/demos", "") == tmp_path / where / "datasets" / "lab--demos"

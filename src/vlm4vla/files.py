@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written under another name, synced, renamed."""
+"""Files and folders that are whole or absent: written under another name, synced, renamed. And where the cache is."""
 
 import os
 import shutil
@@ -6,6 +6,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache() -> Path:
+    """Where what can be fetched again lies: ``$VLM4VLA_CACHE``, else ``$XDG_CACHE_HOME/vlm4vla``, else
+    ``~/.cache/vlm4vla``; ``~`` is the home folder in each, and an empty variable is none."""
+    if own := os.environ.get("VLM4VLA_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlm4vla"
 
 
 @contextmanager

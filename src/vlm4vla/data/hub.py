@@ -1,17 +1,16 @@
 """Data sets on the Hugging Face Hub: ``hub:owner/name`` or ``hub:owner/name@revision``.
 
-Downloads lie under ``$VLM4VLA_CACHE`` (default ``~/.cache/vlm4vla``) and go on where they were interrupted. Of the
-films only those of the cameras that the folder's description names are fetched; without one, all.
+Downloads lie under ``files.cache()`` and go on where they were interrupted. Of the films only those of the cameras that
+the folder's description names are fetched; without one, all.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from vlm4vla.data.layout import OWN_KEY, description, read_info
 from vlm4vla.errors import UserError
-from vlm4vla.files import write_text
+from vlm4vla.files import cache, write_text
 
 SCHEME = "hub:"
 COMPLETE = ".complete.json"
@@ -43,8 +42,7 @@ def place(name: str, revision: str) -> Path:
     """Where a data set of the hub lies on this machine."""
     if name.count("/") != 1 or not all(part.strip(".") for part in name.split("/")):
         raise UserError(f"{SCHEME}{name}", f"{SCHEME}owner/name or {SCHEME}owner/name@revision", "mend the name")
-    cache = Path(os.environ.get("VLM4VLA_CACHE", "~/.cache/vlm4vla")).expanduser()
-    return cache / "datasets" / "--".join([*name.split("/"), *([revision.replace("/", "-")] if revision else [])])
+    return cache() / "datasets" / "--".join([*name.split("/"), *([revision.replace("/", "-")] if revision else [])])
 
 
 def download(source: str, name: str, revision: str, folder: Path, patterns: list[str]) -> None:

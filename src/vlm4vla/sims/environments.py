@@ -8,14 +8,13 @@
     frame.png    the picture that proved it
     ready.json   written last: where it is and fits the pinned versions, workers of NAME run here by themselves
 
-``<cache>`` is ``$VLM4VLA_CACHE``, else ``vlm4vla`` in ``$XDG_CACHE_HOME``, else ``~/.cache/vlm4vla``. This package is
-not installed there: ``sims/worker.py`` brings itself along, and needs numpy only.
+``<cache>`` is ``files.cache()``. This package is not installed there: ``sims/worker.py`` brings itself along, and needs
+numpy only.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm4vla.errors import UserError
-from vlm4vla.files import replacing, write_text
+from vlm4vla.files import cache, replacing, write_text
 from vlm4vla.locks import locked
 
 Say = Callable[[str], None]
@@ -79,12 +78,6 @@ ENVIRONMENTS = {
         resolved=("torch==2.13.0",),
     ),
 }
-
-
-def cache() -> Path:
-    if own := os.environ.get("VLM4VLA_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm4vla"
 
 
 def folder(name: str) -> Path:
