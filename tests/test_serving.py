@@ -24,7 +24,7 @@ from policy_server import ask, expected, frame, openpi, picture, running, servic
 from vlm4vla.convention import BRIDGE, CALVIN, LIBERO
 from vlm4vla.errors import UserError
 from vlm4vla.serving.codec import pack, unpack
-from vlm4vla.serving.server import listening
+from vlm4vla.serving.server import Settings, listening
 from vlm4vla.serving.wire import FORMS
 from vlm4vla.types import ActionChunk
 
@@ -367,6 +367,12 @@ def test_a_token_is_asked_for_where_one_is_set():
         for scheme in ("Api-Key", "Bearer"):
             with server.connect("openpi", additional_headers={"Authorization": f"{scheme} sesame"}) as client:
                 assert "vlm4vla" in unpack(client.recv())
+
+
+@pytest.mark.parametrize("token", ["", " \n"])
+def test_a_blank_token_is_refused(token):
+    with pytest.raises(UserError, match="blank token"):
+        Settings(token=token)
 
 
 def test_web_pages_are_refused():

@@ -79,6 +79,11 @@ class Settings:
     max_message: int = 16 * MEBIBYTE
     """Bytes of one message; a client that sends more is disconnected (close code 1009)."""
 
+    def __post_init__(self) -> None:
+        """Raises: UserError: a blank token, such as an unset variable's: it would keep out nobody."""
+        if self.token is not None and not self.token.strip():
+            raise UserError("a blank token", "one that is hard to guess", "openssl rand -hex 16; or leave --token out")
+
 
 def serve_forever(service: Service, settings: Settings, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; ``say`` gets a line for each address. Raises ``UserError``."""
