@@ -179,6 +179,8 @@ def test_a_named_benchmark_gets_what_it_takes(module, convention, action, sent):
         reply = ask(client, frame("hello", {**hello, "benchmark": f"vla_eval.benchmarks.{module}.benchmark:Any"}))
         assert reply["type"] == "error"
         assert "control_hz" in reply["payload"]["error"]
+        reply = ask(client, frame("observation", observation()))
+        np.testing.assert_allclose(reply["payload"]["actions"], action, rtol=1e-6)  # a refused hello changes nothing
 
 
 @pytest.mark.parametrize("name", FORMS)

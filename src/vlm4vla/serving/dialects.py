@@ -225,8 +225,9 @@ class VlaEval:
 
     def _hello(self, benchmark: Any) -> dict:
         service = self._service
-        self._form = self.FORMS.get(str(benchmark).partition(":")[0], service.form)
-        check_form(self._form, service.source.policy.convention)
+        asked = self.FORMS.get(str(benchmark).partition(":")[0], service.form)
+        check_form(asked, service.source.policy.convention)
+        self._form = asked
         return {
             "harness_version": __version__,
             "protocol_version": 1,
