@@ -1,10 +1,13 @@
 """What a training would take, before it is started: ``vlm4vla train --dry-run``."""
 
+import os
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from vlm4vla.policy import torch_device
+from vlm4vla.policy import VLA, torch_device
 from vlm4vla.spec import RunSpec, Runtime
 from vlm4vla.training.examine import GIB, audit, on_meta
 from vlm4vla.training.processes import units
@@ -41,10 +44,8 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, f
     device = torch_device(runtime.device)
     rate = matrix_rate(device, training.precision)
     samples = training.batch_size // (processes * runtime.accumulate)
-    states = sizes["states_gib"] / (processes if runtime.shard else 1)
-    # With checkpointing a layer's activations are there at a time, and each layer's input: about twice a layer's share.
-    layers = max(2, len(units(vla)))
-    activations = sizes["activations_gib"] * samples * (2 / layers if runtime.gradient_checkpointing else 1)
+    states, each = gib_needed(vla, sizes, runtime, processes)
+    activations = each * samples
     flops = sizes["training_gflop"] * 1e9 * (4 / 3 if runtime.gradient_checkpointing else 1)
     floor_s = flops * training.batch_size * training.steps / rate / processes
     lines = [
@@ -58,11 +59,19 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, f
         f"{'time':<16} {_duration(floor_s)} at this device's measured matrix rate ({rate / 1e12:.2f} TFLOP/s), "
         f"{_duration(2 * floor_s)} at half of it",
     ]
-    if states + activations > _gib(device):
+    if states + activations > gib_there(device):
         lines.append(
             f"{'too much':<16} try --accumulate {2 * runtime.accumulate}, --gradient-checkpointing, or --shard"
         )
     return lines
+
+
+def gib_needed(vla: VLA, sizes: Mapping[str, Any], runtime: Runtime, processes: int) -> tuple[float, float]:
+    """In each process, by an audit's ``sizes``: weights, gradients and moments; activations of one sample."""
+    states = sizes["states_gib"] / (processes if runtime.shard else 1)
+    # With checkpointing a layer's activations are there at a time, and each layer's input: about twice a layer's share.
+    layers = max(2, len(units(vla)))
+    return states, sizes["activations_gib"] * (2 / layers if runtime.gradient_checkpointing else 1)
 
 
 def _parameters(name: str, sizes: dict) -> str:
@@ -72,14 +81,17 @@ def _parameters(name: str, sizes: dict) -> str:
     return f"{trained:,} trained" + (f", {frozen:,} frozen" if frozen else "")
 
 
-def _gib(device: torch.device) -> float:
+def gib_there(device: torch.device) -> float:
+    """All memory of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     return float("inf")
 
 
 def _there(device: torch.device) -> str:
-    return f" of {_gib(device):.0f} GiB" if device.type == "cuda" else ""
+    return f" of {gib_there(device):.0f} GiB" if device.type == "cuda" else ""
 
 
 def _duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Imitation learning of a policy: the objective behind ``vlm4vla train``."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from vlm4vla.data.windows import windows
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.policy import VLA, Policy, versions
 from vlm4vla.spec import RunSpec, Runtime, content_hash
+from vlm4vla.training import memory
 from vlm4vla.training.examine import audit
+from vlm4vla.training.forecast import gib_needed
 from vlm4vla.training.loop import fit
 
 
@@ -106,10 +109,14 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     state = Normalizer.fit(dataset.states, gripper=False) if spec.proprioception else None
     size = spec.data.image_size or dataset.image_size
     policy = Policy(vla, spec, dataset.convention, actions, state, size, card)
-    card["audit"] = audit(vla, processor, spec, size).to_dict()
+    audited = audit(vla, processor, spec, size)
+    card["audit"] = audited.to_dict()
     out.mkdir(parents=True, exist_ok=True)
     # By content: the same demonstrations under another path are the same run.
     recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})
     resized = [size] if dataset.cameras["main"] != (size, size) else []
     identity = content_hash([recipe, dataset.content_hash, backbone_hash, *resized])
-    fit(Imitation(policy, dataset, runtime.cache), spec.training, spec.seed, out, runtime, identity)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    samples = spec.training.batch_size // processes
+    with memory.told(lambda: gib_needed(vla, audited.sizes, runtime, processes), samples, runtime):
+        fit(Imitation(policy, dataset, runtime.cache), spec.training, spec.seed, out, runtime, identity)
