@@ -60,6 +60,7 @@ def test_openpi_ends_with_a_text_frame_that_says_what_to_do():
     with running() as server:
         for message, words in (
             (openpi(prompt=""), "a sentence"),
+            (openpi(prompt="go" * 501), "1002 characters\nexpected: 1000"),
             ({"prompt": "go"}, "observation/image"),
             ({**openpi(), "observation/exterior_image_1_left": picture()}, "one of"),
             (openpi() | {"observation/image": picture(size=9)}, "--resize"),

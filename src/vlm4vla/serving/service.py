@@ -14,6 +14,8 @@ from vlm4vla.types import ActionChunk, Observation
 
 RESIZE = ("refuse", "nearest", "bilinear", "bicubic", "lanczos")
 """What is done with a picture of another size than the policy's. The aspect ratio is not kept (VLM4VLA does not)."""
+MAX_INSTRUCTION = 1000
+"""Characters. A batch is as long as its longest prompt, so one client could make all others wait."""
 FORMAT = 1
 OWN_KEY = "vlm4vla"
 """Our entry in the dialects' metadata; other projects' clients pass over it, ours needs nothing else."""
@@ -42,6 +44,9 @@ class Service:
             raise UserError(f"a picture of {image.shape}", "one with pixels", "look at the camera")
         if not isinstance(instruction, str) or not instruction.strip():
             raise UserError(f"the instruction {instruction!r:.80}", "a sentence", "send the task in words")
+        if len(instruction) > MAX_INSTRUCTION:
+            found = f"an instruction of {len(instruction)} characters"
+            raise UserError(found, f"{MAX_INSTRUCTION} at most", "send the task in a few sentences")
         numbers = self._state(state)
         if image.shape[:2] != (self.source.image_size, self.source.image_size):
             image = await asyncio.to_thread(self._resized, image)
