@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -203,6 +204,25 @@ def test_a_server_that_dies_is_told_and_one_that_comes_back_is_used():
     gone = pytest.raises(UserError, match="finished episodes are kept")
     with gone, opened(f"openpi://{address}", view="pi0_libero", name="x"):
         pass
+
+
+def test_the_last_idle_connection_that_another_thread_takes_is_not_waited_for():
+    with (
+        stand_ins.websocket({}, lambda request: {"actions": np.zeros((10, 7))}) as address,
+        opened(f"openpi://{address}", view="pi0_libero", name="x") as source,
+    ):
+        source.policy._idle = Snatched()
+        thread = threading.Thread(target=source.policy.predict, args=([libero()],), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class Snatched(SimpleQueue):
+    """Looks full, and is empty by the time one asks."""
+
+    def empty(self):
+        return False
 
 
 # -------------------------------------------------------------------------------------------------- what has to be said

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -93,9 +93,8 @@ class Sockets(Remote):
     def _ask(self, message: dict) -> dict:
         """Send one message, return the reply; once more on a fresh connection where an idle one has died."""
         data = pack(message)
-        if not self._idle.empty():
-            with contextlib.suppress(WebSocketException):  # servers drop idle connections
-                return self._exchange(self._idle.get(), data)
+        with contextlib.suppress(Empty, WebSocketException):  # servers drop idle connections
+            return self._exchange(self._idle.get_nowait(), data)
         try:
             return self._exchange(opened(self._stack, self.address, self._token)[0], data)
         except WebSocketException as error:
