@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
 from fake_sim import CONVENTION
@@ -16,6 +17,10 @@ from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies import matrix
 from vlm4vla.studies.store import Store
 from vlm4vla.types import EpisodeResult
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TRAIN, VAL = "grinningface/place/train/v1", "grinningface/place/val/v1"
 Behaviour = dict[str, dict[str, tuple[float, float]]]
