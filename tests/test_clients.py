@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import socket
 import threading
 from pathlib import Path
 from queue import SimpleQueue
@@ -186,6 +187,34 @@ def test_openvlas_error_is_told():
         pytest.raises(UserError, match="its log says more"),
     ):
         source.policy.predict([libero(size=224)])
+
+
+def test_openvlas_service_is_asked_past_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with (
+        stand_ins.openvla(lambda request: np.zeros(7)) as address,
+        opened(f"openvla://{address}", view="openvla_bridge", name="x") as source,
+    ):
+        assert len(source.policy.predict([libero(size=224)])) == 1
+
+
+def test_a_port_that_speaks_no_http_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def babble():
+            with listener.accept()[0] as client:
+                client.recv(1 << 20)
+                client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=babble)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            opened(f"openvla://{address}", view="openvla_bridge", name="x") as source,
+            pytest.raises(UserError, match="BadStatusLine"),
+        ):
+            source.policy.predict([libero(size=224)])
+        thread.join(20)
 
 
 def test_a_server_that_dies_is_told_and_one_that_comes_back_is_used():

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.client import HTTPException
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -30,6 +31,8 @@ TIMEOUT_S = 120.0
 """For one answer: a server's first inference may compile."""
 OPEN_TIMEOUT_S = 10.0
 MAX_REPLY = 1 << 26
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past any proxy of the environment, as the WebSockets: it would not know this machine's loopback."""
 CONNECTIONS = 16
 """Requests under way at once; a server that batches makes use of them."""
 
@@ -183,9 +186,9 @@ class OpenVLA(Remote):
             headers["Authorization"] = f"Bearer {self._token}"
         request = urllib.request.Request(f"http://{self.address}/act", json.dumps(message).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
+            with DIRECT.open(request, timeout=TIMEOUT_S) as reply:
                 text = reply.read(MAX_REPLY)
-        except OSError as error:  # HTTPError and URLError are OSErrors
+        except (OSError, HTTPException) as error:  # HTTPError and URLError are OSErrors
             raise gone(self.address, error) from error
         try:
             value = _decoded(text)
