@@ -1,6 +1,7 @@
 """Simulators in interpreters of their own: which one is taken, what is refused, and that a bare one suffices."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from vlm4vla import sims
 from vlm4vla.errors import UserError
@@ -15,6 +17,7 @@ from vlm4vla.sims import environments
 from vlm4vla.sims.check import SimCheckError, check_sim
 from vlm4vla.sims.remote import Remote
 from vlm4vla.sims.worker import Worker
+from vlm4vla.verbs.sims import sims as sims_command
 
 TESTS = Path(__file__).parent
 
@@ -204,6 +207,23 @@ def test_the_pinned_revision_is_fetched_recorded_and_compared(cache, tmp_path, m
     (target / "ready.json").write_text(json.dumps(ready | {"revision": None}))
     assert sims.versions(None)["assets"] == "unknown", "the user brought them"
     assert environments.missing("calvin") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["check", "json:JSONDecoder"], "has no attribute 'convention'"),
+        (["check", "fake_sim:FakeSim"], "too short was accepted"),
+        (["setup", "libro"], "nearest: libero"),
+    ],
+)
+def test_what_is_no_simulator_is_told_with_what_to_do(command, words, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+    error = CliRunner().invoke(sims_command, command).exception
+    assert isinstance(error, UserError)
+    assert words in str(error)
+    assert f"vlm4vla sims {command[0]}" in error.next_step
+    assert ("sims/base.py" in error.expected) == (command[0] == "check")
 
 
 def test_pinned_lists_are_complete():

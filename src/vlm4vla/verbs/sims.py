@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from vlm4vla.errors import UserError
+from vlm4vla.errors import UserError, nearest
 from vlm4vla.verbs.shared import FOLDER, Verbs, next_step, sim_python_option
 
 
@@ -53,7 +53,11 @@ def sims_setup(sim: str, assets: Path | None, fetch: bool, python: str | None) -
     from vlm4vla.sims.environments import ENVIRONMENTS, setup
 
     if sim not in ENVIRONMENTS:
-        raise UserError(f"the simulator {sim!r}", f"one of {', '.join(ENVIRONMENTS)}", f"vlm4vla sims check {sim}")
+        raise UserError(
+            f"the simulator {sim!r}",
+            f"one of {', '.join(ENVIRONMENTS)}: others need no environment of their own",
+            f"vlm4vla sims setup NAME   (nearest: {nearest(sim, [*ENVIRONMENTS])})",
+        )
     click.echo(setup(sim, assets=assets, fetch=fetch, python=python, say=lambda text: click.echo(text, err=True)))
     next_step("vlm4vla sims check {}; vlm4vla sims protocols", sim)
 
@@ -63,8 +67,16 @@ def sims_setup(sim: str, assets: Path | None, fetch: bool, python: str | None) -
 @sim_python_option
 def sims_check(sim: str, sim_python: str | None) -> None:
     """Check that SIM (a name, or module:Class) keeps the simulator protocol."""
-    from vlm4vla.sims.check import check_sim
+    from vlm4vla.sims.check import SimCheckError, check_sim
+    from vlm4vla.sims.worker import WorkerFault
 
-    check_sim(sim, python=sim_python)
+    try:
+        check_sim(sim, python=sim_python)
+    except (SimCheckError, WorkerFault) as error:
+        raise UserError(
+            f"{sim}: {str(error).strip()}",
+            "a simulator that keeps the protocol of sims/base.py",
+            f"mend it, then: vlm4vla sims check {sim}",
+        ) from error
     click.echo(f"{sim}: keeps the simulator protocol")
     next_step("vlm4vla sims protocols")
