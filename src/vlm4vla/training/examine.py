@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -111,7 +112,8 @@ def visual_tokens(vlm: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> i
 def _resampling(processor: Processor, pictures: Mapping[str, torch.Tensor]) -> str:
     """The filter, and the shape of what comes out."""
     method = getattr(processor.image_processor, "resample", None)
-    name = getattr(method, "name", str(method)).lower()
+    method = Resampling(method) if isinstance(method, int) else method  # configurations hold PIL's number
+    name = getattr(method, "name", "none").lower()
     shapes = {key: "x".join(map(str, value.shape)) for key, value in pictures.items() if value.is_floating_point()}
     return f"{name} -> " + ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items()))
 
