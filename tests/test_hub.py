@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from test_films import film, raw
-from vlm4vla.convention import LIBERO
+from vlm4vla.convention import LIBERO, Convention
 from vlm4vla.data import hub
 from vlm4vla.data.hub import describe, local, place
 from vlm4vla.data.lerobot import Dataset
@@ -151,6 +151,17 @@ def test_a_revision_is_another_copy_and_a_folder_stays_a_folder(tmp_path):
     assert local(tmp_path) == tmp_path
 
 
+@pytest.mark.parametrize(
+    "change", [{"names": None}, {"names": [1]}, {"names": "xyz"}, {"control_hz": 0}, {"control_hz": "5"}, {"frame": 3}]
+)
+def test_a_convention_of_other_types_is_refused(change):
+    assert Convention.from_dict(LIBERO.to_dict()) == LIBERO
+    with pytest.raises(UserError, match=next(iter(change))):
+        Convention.from_dict(LIBERO.to_dict() | change)
+    with pytest.raises(UserError, match="exactly the keys"):
+        Convention.from_dict([1])
+
+
 def test_a_folder_can_be_described(tmp_path):
     folder = film(tmp_path / "demos", raw((3,), ("main", "wrist")))
     before = Dataset.open(folder)
@@ -162,6 +173,9 @@ def test_a_folder_can_be_described(tmp_path):
     assert (after.images(np.array([1])) == before.images(np.array([1]), "wrist")).all()
     with pytest.raises(UserError, match=r"images\.front"):
         describe(folder, None, {"main": "observation.images.front"})
+    (folder / "meta/vlm4vla.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"vlm4vla\.json: \[1\]"):
+        describe(folder, None, {"main": "observation.images.main"})
     (folder / "meta/vlm4vla.json").write_text("{")
     with pytest.raises(UserError, match=r"vlm4vla\.json: no JSON"):
         Dataset.open(folder)

@@ -71,6 +71,9 @@ def test_films_of_another_size_train_with_and_without_a_cache_to_the_same_weight
     demos = film(tmp_path / "demos", episodes)
     with pytest.raises(UserError, match=r"square ones.*\n.*data.image_size"):
         train(spec, demos, tmp_path / "none", QUIET)
+    wrist = film(tmp_path / "wrist", raw((3,), ("wrist",)))
+    with pytest.raises(UserError, match="a camera named 'main'"):
+        train(spec.model_copy(update={"data": DataSpec(folder="x", image_size=96)}), wrist, tmp_path / "none", QUIET)
     training = spec.training.model_copy(update={"augment": "crop_and_colour"})
     spec = spec.model_copy(update={"data": DataSpec(folder="demos", image_size=96), "training": training})
     train(spec, demos, tmp_path / "cached", QUIET)

@@ -1,6 +1,8 @@
 """What the numbers of an action mean. A data set, a policy and a simulator each carry one; a mismatch raises."""
 
+import math
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from vlm4vla.errors import UserError
 
@@ -36,14 +38,22 @@ class Convention:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Convention":
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            raise UserError(
-                f"a convention with the keys {sorted(values)}",
-                f"exactly the keys {sorted(known)}",
-                "record or convert the data set again with this version",
-            )
+    def from_dict(cls, values: Any) -> "Convention":
+        """From what JSON or YAML holds; ``UserError`` where that is no convention."""
+        known, mend = {f.name for f in fields(cls)}, "mend it, or record or convert the data set again"
+        if not isinstance(values, dict) or set(values) != known:
+            keys = sorted(map(str, values)) if isinstance(values, dict) else repr(values)
+            raise UserError(f"a convention with the keys {keys}", f"exactly the keys {sorted(known)}", mend)
+        for name, value in values.items():
+            if name == "names":
+                good = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(n, str) for n in value)
+            elif name == "control_hz":
+                good = isinstance(value, int | float) and 0 < value < math.inf
+            else:
+                good = isinstance(value, str)
+            if not good:
+                kind = {"names": "a list of texts", "control_hz": "a number above 0"}.get(name, "a text")
+                raise UserError(f"a convention with {name}: {value!r}", kind, mend)
         return cls(**{**values, "names": tuple(values["names"])})
 
 

@@ -16,6 +16,7 @@ Layout and types are those of huggingface/lerobot.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,37 @@ def read_info(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("fps", "total_frames", "total_episodes") if key not in info]
     missing += ["features.action"] * ("action" not in features)
     require(path, not missing, f"no {', '.join(missing)}", "all of lerobot's keys")
-    if described := description(folder):
-        info[OWN_KEY] = info.get(OWN_KEY, {}) | described
+    fps, chunks = info["fps"], info.get("chunks_size", 1000)
+    require(path, isinstance(fps, int | float) and 0 < fps < math.inf, f"fps {fps!r}", "a number above 0")
+    require(path, isinstance(chunks, int) and chunks > 0, f"chunks_size {chunks!r}", "a number above 0")
+    _check_features(path, features)
+    own = info.get(OWN_KEY, {})
+    require(path, _is_own(own), f"{OWN_KEY}: {own!r}", "what vlm4vla writes")
+    if own := own | description(folder):
+        info[OWN_KEY] = own
+    unknown = set(own.get("cameras", {}).values()) - set(features)
+    require(folder / "meta", not unknown, f"cameras of the features {sorted(unknown)}", f"some of {list(features)}")
     return info
+
+
+def _check_features(path: Path, features: Any) -> None:
+    """Those that are read have a shape: pictures three numbers, action and state one."""
+    require(path, isinstance(features, dict), f"features: {features!r}", "descriptions by name")
+    for name, each in features.items():
+        require(path, isinstance(each, dict), f"features.{name}: {each!r}", "a description")
+        picture = each.get("dtype") in ("image", "video")
+        if picture or name in ("action", STATE):
+            shape, dims = each.get("shape"), 3 if picture else 1
+            whole = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+            require(path, whole and len(shape) == dims, f"features.{name} of shape {shape!r}", f"{dims} numbers")
+
+
+def _is_own(values: Any) -> bool:
+    """Whether it has the form of our entry."""
+    if not isinstance(values, dict):
+        return False
+    parts = [values.get(key, {}) for key in ("convention", "cameras", "provenance")]
+    return all(isinstance(part, dict) for part in parts) and all(isinstance(name, str) for name in parts[1].values())
 
 
 def description(folder: Path) -> dict[str, Any]:
@@ -134,12 +163,14 @@ def description(folder: Path) -> dict[str, Any]:
     path = folder / "meta" / f"{OWN_KEY}.json"
     if not path.is_file():
         return {}
+    mend = f"rm {path}; describe it again"
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(
-            f"{path}: no JSON ({error})", "what data describe wrote", f"rm {path}; describe it again"
-        ) from error
+        raise UserError(f"{path}: no JSON ({error})", "what data describe wrote", mend) from error
+    if not _is_own(values):
+        raise UserError(f"{path}: {str(values)[:80]}", "what data describe wrote", mend)
+    return values
 
 
 def read_tasks(folder: Path, info: dict) -> tuple[str, ...]:
@@ -155,6 +186,8 @@ def read_tasks(folder: Path, info: dict) -> tuple[str, ...]:
         # The task is pandas' index: ``task`` in newer folders, without a name in older ones.
         require(path, "task_index" in table.column_names and len(names) == 1, f"{names}", "task_index by task")
         number, tasks = table["task_index"].to_pylist(), table[names[0]].to_pylist()
+    plain = all(isinstance(n, int) for n in number) and all(isinstance(task, str) for task in tasks)
+    require(path, plain, "other tasks than texts by number", "texts by number")
     require(path, sorted(number) == list(range(len(number))), f"the task indices {sorted(number)[:9]}", "0, 1, 2, ...")
     return tuple(task for _, task in sorted(zip(number, tasks, strict=True)))
 
@@ -195,6 +228,7 @@ def read_episodes(folder: Path, info: dict) -> Episodes:
 def _read_old_episodes(folder: Path, info: dict, videos: list[str]) -> Episodes:
     path = folder / "meta" / "episodes.jsonl"
     rows = _json_lines(path, {"episode_index", "length"})
+    require(path, all(isinstance(row["length"], int) for row in rows), "a length that is no number", "numbers")
     stop = np.cumsum([row["length"] for row in rows], dtype=np.int64)
     start = np.r_[0, stop[:-1]]
     _check_back_to_back(path, np.array([row["episode_index"] for row in rows]), start, stop)

@@ -85,6 +85,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     """
     torch.set_num_threads(runtime.threads)
     dataset = Dataset.open(data_folder)
+    recorded_size = dataset.camera_size("main")
     vlm, processor = load_vlm(spec.backbone)
     backbone_hash = parameters_hash(vlm)
     torch.manual_seed(spec.seed)
@@ -114,7 +115,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     out.mkdir(parents=True, exist_ok=True)
     # By content: the same demonstrations under another path are the same run.
     recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})
-    resized = [size] if dataset.cameras["main"] != (size, size) else []
+    resized = [size] if recorded_size != (size, size) else []
     identity = content_hash([recipe, dataset.content_hash, backbone_hash, *resized])
     processes = int(os.environ.get("WORLD_SIZE", 1))
     samples = spec.training.batch_size // processes
