@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -476,14 +476,65 @@ def test_annotations_run_nothing(tmp_path, monkeypatch, protocol):
     assert not Path("EVIL").exists()
 
 
-@given(st.binary(max_size=80))
-def test_no_bytes_get_past_the_unpickler(tmp_path_factory, content):
+def check_unpickler(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("bytes") / "a.npy"
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
         file.write(b"\x80\x04" + content + b".")
     with suppress(UserError):
-        load_object_array(path)
+        assert plain(load_object_array(path))
+
+
+@given(st.binary(max_size=80))
+def test_no_bytes_get_past_the_unpickler(tmp_path_factory, content):
+    check_unpickler(tmp_path_factory, content)
+
+
+def plain(value):
+    """Whether Python's own values and arrays of numbers or text are all there is in it."""
+    if isinstance(value, dict):
+        return all(plain(key) and plain(each) for key, each in value.items())
+    if type(value) in (list, tuple):
+        return all(map(plain, value))
+    if type(value) is np.ndarray:
+        return value.dtype.kind in "biufSU"
+    return value is None or type(value) in (str, bytes, int, float, bool)
+
+
+FRAGMENTS = [
+    b"cnumpy\nndarray\n",
+    b"cnumpy\ndtype\n",
+    b"cnumpy.core.multiarray\n_reconstruct\n",
+    b"cnumpy.core.multiarray\nscalar\n",
+    b"c_codecs\nencode\n",
+    *(b"\x8c" + bytes([len(text)]) + text for text in (b"O8", b"f8", b"U3", b"<", b"latin1")),
+    *(bytes([code]) for code in b"])N}(\x88RbaesutN.2\x85\x86\x87\x94\x81Q0"),
+    b"K\x03",
+    b"C\x08abcdefgh",
+    b"h\x00",
+]
+"""Instructions of pickles, and the names that are known."""
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=16))
+def test_no_instructions_get_past_the_unpickler(tmp_path_factory, fragments):
+    check_unpickler(tmp_path_factory, b"".join(fragments))
+
+
+def test_what_a_pickle_refers_to_twice_is_made_once(tmp_path):
+    value = [np.array([1.0], object)]
+    for _ in range(60):
+        value = [value, value]
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        pickle.dump(value, file)
+    read = load_object_array(path)
+    for _ in range(60):
+        assert read[0] is read[1]
+        read = read[0]
+    assert read == [[1.0]]
 
 
 # -- Shards ------------------------------------------------------------------------------------------------------------

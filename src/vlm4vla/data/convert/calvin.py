@@ -49,6 +49,8 @@ class Calvin:
         annotations = load_object_array(self._annotations())
         try:
             bounds, texts = annotations["info"]["indx"], annotations["language"]["ann"]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("an instruction that is no text")
             segments = [Segment(int(a), int(b), str(text)) for (a, b), text in zip(bounds, texts, strict=True)]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -35,7 +35,7 @@ def load_object_array(path: Path) -> Any:
             _, _, dtype = read_header(file)
             if not dtype.hasobject:
                 raise ValueError(f"an array of {dtype}")
-            return _plain(_Unpickler(io.BytesIO(file.read())).load())
+            return _plain(_Unpickler(io.BytesIO(file.read())).load(), {})
     # What a forged pickle can make the unpickler raise is not limited to its own errors.
     except Exception as error:
         raise UserError(
@@ -71,11 +71,11 @@ class _Array:
     def __setstate__(self, state: tuple) -> None:
         self.state = state
 
-    def plain(self) -> Any:
+    def plain(self, done: dict[int, Any]) -> Any:
         assert self.state is not None
         _, shape, kind, fortran, content = self.state
         if kind.text in ("O", "O8"):
-            values = [_plain(value) for value in content]
+            values = [_plain(value, done) for value in content]
             return values[0] if shape == () else values
         return np.frombuffer(content, kind.plain()).reshape(shape, order="F" if fortran else "C")
 
@@ -108,14 +108,23 @@ class _Unpickler(pickle.Unpickler):
         return _KNOWN[module, name]
 
 
-def _plain(value: Any) -> Any:
-    """Arrays and types that were noted down -> what they describe."""
-    if isinstance(value, _Array):
-        return value.plain()
-    if isinstance(value, dict):
-        return {_plain(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(each) for each in value)
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Arrays and types that were noted down -> what they describe.
+
+    Args:
+        done: by ``id``, what has been made. A value that is referred to twice is made once: else a hundred bytes, of
+            lists that hold the one before twice, would take hours.
+    """
     if value is None or isinstance(value, str | bytes | int | float | bool):
         return value
-    raise pickle.UnpicklingError(f"a {type(value).__name__}")
+    if id(value) not in done:
+        if isinstance(value, _Array):
+            made = value.plain(done)
+        elif isinstance(value, dict):
+            made = {_plain(key, done): _plain(each, done) for key, each in value.items()}
+        elif isinstance(value, list | tuple):
+            made = type(value)(_plain(each, done) for each in value)
+        else:
+            raise pickle.UnpicklingError(f"a {type(value).__name__}")
+        done[id(value)] = made
+    return done[id(value)]
