@@ -169,9 +169,24 @@ DAMAGE = {
         lambda f: shutil.copy(f / VIDEO.format(0).replace("main", "wrist"), f / VIDEO.format(0)),
         r"pictures of \(16, 16\)",
     ),
+    "a playlist": (lambda f: playlist(f / VIDEO.format(0)), "damaged"),
     "another rate": (lambda f: slower(f / "meta/info.json"), r"no frame at 0\.250 s"),
     "too few frames": (lambda f: film_of(f / VIDEO.format(0), 3), r"no frame at 0\.600 s; it ends at 0\.400 s"),
 }
+
+
+def playlist(path):
+    path.rename(path.with_name("other.mp4"))
+    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
+
+
+@pytest.mark.parametrize("template", ["../{video_key}.mp4", "/{video_key}.mp4", "{nothing}.mp4", "{", 5])
+def test_films_lie_below_the_folder(tmp_path, template):
+    folder = film(tmp_path / "demos", raw((3,), ("wrist",)))
+    path = folder / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"video_path": template}))
+    with pytest.raises(UserError, match=r"info\.json: (the film|video_path)"):
+        Dataset.open(folder)
 
 
 def film_of(path, number):

@@ -101,10 +101,12 @@ def test_broken_records_are_named(pictures):
     alone = {"conversations": LLAVA["conversations"][:1]}
     foreign = {"conversations": [{"from": "dog", "value": "wuff"}]}
     records = [missing, alone, foreign, {"text": "x"}]
+    records += [{**LLAVA, "image": name} for name in ("../a/0.png", "a/../../0.png", str(pictures / "a/0.png"))]
     path = write(pictures / "data.jsonl", records, "lines")
     path.write_text(path.read_text() + "no json\n")
     data = Conversations.open(path)
-    for i, message in enumerate((r"a/9\.png", "turns", "no conversation", "no conversation", "no conversation")):
+    told = [r"a/9\.png", "turns", *["no conversation"] * 2, *["a path below"] * 3, "no conversation"]
+    for i, message in enumerate(told):
         with pytest.raises(UserError, match=rf"(?s)record {i}.*{message}"):
             data[i]
     with pytest.raises(UserError, match=r"no conversations in"):

@@ -16,6 +16,13 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlm4vla"
 
 
+def stays_inside(name: str) -> bool:
+    """Whether a path that a data set names stays below the folder that it starts from. It goes by the name: links
+    inside the folder are its owner's, and may lead elsewhere."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` when the block ends well: ``path`` is whole or absent, never partial.

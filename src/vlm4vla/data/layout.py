@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm4vla.errors import UserError
+from vlm4vla.files import stays_inside
 
 VERSION = "v3.0"
 OLD_VERSIONS = ("v2.0", "v2.1")
@@ -219,10 +220,20 @@ def read_episodes(folder: Path, info: dict) -> Episodes:
     for name in videos:
         chunk, file, seconds = (table[column].to_numpy() for column in places[name])
         both, number = np.unique(np.stack([chunk, file], 1).astype(int), axis=0, return_inverse=True)
-        path = info.get("video_path") or VIDEO_PATH
-        paths = (path.format(video_key=name, chunk_index=c, file_index=f) for c, f in both.tolist())
-        clips[name] = Clips(tuple(folder / p for p in paths), number.ravel(), seconds.astype(np.float64))
+        paths = (_film(folder, info, video_key=name, chunk_index=c, file_index=f) for c, f in both.tolist())
+        clips[name] = Clips(tuple(paths), number.ravel(), seconds.astype(np.float64))
     return Episodes(start, stop, clips)
+
+
+def _film(folder: Path, info: dict, **place: Any) -> Path:
+    """Where a film is, by ``video_path``; it must be below ``folder``."""
+    template, where = info.get("video_path") or VIDEO_PATH, folder / "meta" / "info.json"
+    try:
+        name = template.format(**place)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise damaged(where, f"video_path {template!r}", f"a path of {', '.join(place)}") from error
+    require(where, stays_inside(name), f"the film {name}", "a path below the data set's folder")
+    return folder / name
 
 
 def _read_old_episodes(folder: Path, info: dict, videos: list[str]) -> Episodes:
@@ -235,11 +246,10 @@ def _read_old_episodes(folder: Path, info: dict, videos: list[str]) -> Episodes:
     clips = {}
     for name in videos:
         chunk = info.get("chunks_size", 1000)
-        names = (
-            info["video_path"].format(video_key=name, episode_chunk=i // chunk, episode_index=i)
-            for i in range(len(rows))
+        paths = (
+            _film(folder, info, video_key=name, episode_chunk=i // chunk, episode_index=i) for i in range(len(rows))
         )
-        clips[name] = Clips(tuple(folder / n for n in names), np.arange(len(rows)), np.zeros(len(rows)))
+        clips[name] = Clips(tuple(paths), np.arange(len(rows)), np.zeros(len(rows)))
     return Episodes(start, stop, clips)
 
 

@@ -92,7 +92,7 @@ class _Reader:
 
     def __init__(self, path: Path):
         self.path = path
-        self.container: Any = av.open(str(path))
+        self.container: Any = av.open(str(path), format="mp4")  # no playlist, which names other files
         if not self.container.streams.video:
             raise damaged(path, "no video in it", "an MP4 file with pictures")
         self.stream = self.container.streams.video[0]

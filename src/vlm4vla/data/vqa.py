@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vlm4vla.errors import UserError
+from vlm4vla.files import stays_inside
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"\s*<image>\s*")
@@ -97,6 +98,8 @@ class Conversations:
         return Conversation(tuple(self._picture(where, name) for name in names), turns)
 
     def _picture(self, where: str, name: str) -> np.ndarray:
+        if not isinstance(name, str) or not stays_inside(name):
+            raise UserError(f"{where}: the picture {name!r}", f"a path below {self.images}", "mend the file")
         try:
             return np.asarray(Image.open(self.images / name).convert("RGB"))
         except OSError as error:
