@@ -1,7 +1,10 @@
 """The identity of a run: what changes it, what does not, and what a wrong file is told."""
 
+from pathlib import Path
+
 import pytest
 
+from vlm4vla.data.convert.rlds import load_mapping
 from vlm4vla.errors import UserError
 from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse
 
@@ -39,6 +42,18 @@ def test_an_unknown_key_of_a_section_is_compared_with_that_section():
         parse(RunSpec, {"training": {"stepz": 3}}, "here")
     with pytest.raises(UserError, match=r"nonsense: unknown key \(nearest: .*treatment"):
         parse(RunSpec, {"nonsense": 3}, "here")
+
+
+def test_an_unknown_key_names_the_file_of_its_model(tmp_path):
+    (tmp_path / "mine.yaml").write_text("images: {main: a}")
+    for call, module in (
+        (lambda: parse(RunSpec, {"nonsense": 3}, "here"), "spec"),
+        (lambda: load_mapping(str(tmp_path / "mine.yaml")), "data/convert/rlds"),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert error.value.expected.endswith(f" in src/vlm4vla/{module}.py")
+        assert (Path(__file__).parents[1] / f"src/vlm4vla/{module}.py").is_file()
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "just words"])

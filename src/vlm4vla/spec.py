@@ -324,7 +324,7 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
                 problems.append(f"{where}: {item['msg']}, found {item['input']!r}")
         raise UserError(
             f"{source}: " + "; ".join(problems),
-            f"the keys of {model.__name__} in src/vlm4vla/spec.py",
+            f"the keys of {model.__name__} in src/{model.__module__.replace('.', '/')}.py",
             f"mend {source}",
         ) from error
 
