@@ -6,7 +6,7 @@ import pytest
 
 from vlm4vla.data.convert.rlds import load_mapping
 from vlm4vla.errors import UserError
-from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse
+from vlm4vla.spec import DataSpec, RunSpec, Runtime, TrainSpec, load_yaml, parse
 
 
 def test_anything_that_can_change_a_number_changes_the_run_id():
@@ -54,6 +54,16 @@ def test_an_unknown_key_names_the_file_of_its_model(tmp_path):
             call()
         assert error.value.expected.endswith(f" in src/vlm4vla/{module}.py")
         assert (Path(__file__).parents[1] / f"src/vlm4vla/{module}.py").is_file()
+
+
+def test_numbers_of_another_augmentation_are_refused():
+    values = {"augment": "crop_and_colour"}
+    plain = parse(TrainSpec, values, "here")
+    assert TrainSpec.model_validate(plain.model_dump(mode="json")) == plain
+    for given in ({"image_jitter": 0.0}, {"image_shift": 10}):
+        assert parse(TrainSpec, given, "here")
+        with pytest.raises(UserError, match=f"{next(iter(given))} given, which the augmentation jitter_and_shift"):
+            parse(TrainSpec, values | given, "here")
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "just words"])

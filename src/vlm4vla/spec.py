@@ -121,6 +121,14 @@ class TrainSpec(Strict):
     checkpoints: int = Field(default=1, ge=1)
     """Policies kept, equally spaced over training (the last one is the result): success over training steps."""
 
+    @model_validator(mode="after")
+    def _augmentation(self) -> "TrainSpec":
+        fields = type(self).model_fields
+        given = [n for n in ("image_jitter", "image_shift") if getattr(self, n) != fields[n].default]
+        if given and self.augment != "jitter_and_shift":
+            raise ValueError(f"{', '.join(given)} given, which the augmentation jitter_and_shift has and no other")
+        return self
+
 
 class GroupSpec(Strict):
     """What happens to one group of a VLM's parameters. ``frozen`` alone is short for ``{mode: frozen}``."""
