@@ -23,7 +23,7 @@ from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.rollout import evaluate
 from vlm4vla.serving.baseline import SHIPPED, Picture, baseline, crop
-from vlm4vla.serving.sources import home, opened
+from vlm4vla.serving.sources import album, home, opened
 from vlm4vla.studies.store import Store
 from vlm4vla.types import Observation
 
@@ -340,6 +340,14 @@ def test_a_camera_or_state_that_is_missing_is_told():
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_films_of_two_policies_do_not_meet(tmp_path):
+    folders = [tmp_path / name for name in ("policy", "policies/step-000100", "policies/step-000200")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert [album(f"{folder}/") for folder in folders] == ["", "step-000100", "step-000200"]
+    assert album("openpi://127.0.0.1:8000") == "", "its home is its own"
 
 
 def test_the_crop_is_tensorflows():

@@ -191,6 +191,29 @@ def test_videos_show_the_looks_and_the_end(store, tmp_path):
     assert len(list((tmp_path / "all").iterdir())) == EPISODES
 
 
+def test_a_film_is_there_before_its_row(store, tmp_path, monkeypatch, capfd):
+    """A kill between the two repeats the episode; one that is finished without a film is told."""
+    pytest.importorskip("av")
+    films, add = tmp_path / "videos", store.add
+
+    def killed(run_id, result):
+        assert (films / f"fake-line-v1-{result.episode:04d}.mp4").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(store, episodes=2, workers=1, videos="all", video_folder=films)
+    assert store.results("run", "fake/line/v1") == []
+    monkeypatch.setattr(store, "add", add)
+    run(store, episodes=2, videos="all", video_folder=films)
+    assert len(list(films.iterdir())) == 2
+    run(store, episodes=2, videos="all", video_folder=films)
+    assert capfd.readouterr().err == ""
+    (films / "fake-line-v1-0001.mp4").unlink()
+    run(store, episodes=2, videos="all", video_folder=films)
+    assert f"without a video in {films}: 1 " in capfd.readouterr().err
+
+
 def test_ensembling_averages_the_predictions_of_a_step(store):
     old, new = np.full((4, 7), 1.0), np.full((4, 7), 3.0)
     old[:, -1], new[:, -1] = 1.0, 0.0

@@ -159,12 +159,13 @@ def evaluate(
 
     wanted = [protocol(each) for each in protocols]  # a misspelt one is found before anything is loaded
     from vlm4vla.evaluation.rollout import evaluate as roll_out
-    from vlm4vla.serving.sources import home, opened
+    from vlm4vla.serving.sources import album, home, opened
     from vlm4vla.studies.stats import credit_lines, summarise
     from vlm4vla.studies.store import Store
 
     with opened(policy, device, baseline, name, token) as source:
         folder = home(policy, source)
+        strip_folder, video_folder = (folder / kind / album(policy) for kind in ("strips", "videos"))
         with Store(store_path or folder / "eval.sqlite") as store:
             for each in wanted:
                 results = roll_out(
@@ -177,11 +178,11 @@ def evaluate(
                     cameras=source.cameras,
                     workers=workers,
                     progress=sys.stderr.isatty(),
-                    strips=folder / "strips",
+                    strips=strip_folder,
                     num_strips=strips,
                     sim_python=sim_python,
                     videos=video,
-                    video_folder=folder / "videos",
+                    video_folder=video_folder,
                 )
                 rate = summarise(results)
                 click.echo(
@@ -189,7 +190,7 @@ def evaluate(
                 )
                 for line in credit_lines(results):
                     click.echo(f"  {line}")
-    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", folder / "strips")
+    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", strip_folder)
 
 
 cli.add_command(serve)

@@ -9,6 +9,7 @@ The number of workers changes the time, and which observations share a batch: hi
 Shapes: H horizon, A action dimensions.
 """
 
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from vlm4vla.errors import UserError
 from vlm4vla.evaluation.ensemble import blend
 from vlm4vla.evaluation.filmstrip import write_strip
 from vlm4vla.evaluation.interval import wilson
-from vlm4vla.evaluation.video import write_video
+from vlm4vla.evaluation.video import video_path, write_video
 from vlm4vla.locks import locked
 from vlm4vla.sims.base import StepOutcome
 from vlm4vla.sims.protocols import Protocol
@@ -135,6 +136,14 @@ class _Film:
     def wants_video(self, success: bool) -> bool:
         return self.video_folder is not None and (self.videos == "all" or (self.videos == "failures" and not success))
 
+    def tell_missing(self, finished: list[EpisodeResult]) -> None:
+        """Say how many episodes of earlier starts are wanted as videos that are not there."""
+        wanted = [r for r in finished if r.success is not None and self.wants_video(r.success)]
+        folder = self.video_folder or Path()
+        if number := sum(not video_path(folder, r.protocol, r.episode).is_file() for r in wanted):
+            told = f"finished episodes without a video in {folder}: {number} (films are made while an episode runs"
+            tqdm.write(f"{told}; with a new --store they are repeated)", file=sys.stderr)
+
 
 class _Evaluation:
     def __init__(
@@ -151,6 +160,7 @@ class _Evaluation:
         self.timeout_s, self.film = timeout_s, film
         rows = [row for row in store.results(run_id, protocol.name) if row.episode < episodes]
         self.finished = {row.episode for row in rows if row.success is not None}
+        film.tell_missing(rows)
         self.successes, self.faults = sum(bool(row.success) for row in rows), 0
         self.todo = deque(i for i in range(episodes) if i not in self.finished)
         self.tries: Counter[int] = Counter()
@@ -275,7 +285,7 @@ class _Evaluation:
         if self.tries[attempt.episode] < TRIES:
             self.running[worker] = Attempt(attempt.episode)
         else:
-            self._store(attempt, None, bar, fault=fault)
+            self._store(self._result(attempt, None, fault), bar)
             if not self.todo:
                 del self.running[worker]
                 worker.kill()
@@ -285,17 +295,16 @@ class _Evaluation:
 
     def _finish(self, attempt: Attempt, outcome: StepOutcome, bar: tqdm) -> None:
         attempt.timings["wall"] = time.monotonic() - attempt.started
-        result = self._store(attempt, outcome, bar)
+        result = self._result(attempt, outcome)  # stored after its film: a kill between repeats both
         if self.film.strips and self.film.wants_strip(attempt.episode):
             write_strip(self.film.strips, attempt.frames, result)
         if self.film.video_folder and self.film.wants_video(outcome.success):
             hz = self.policy.convention.control_hz
             write_video(self.film.video_folder, attempt.frames, attempt.frame_steps, result, hz)
+        self._store(result, bar)
 
-    def _store(
-        self, attempt: Attempt, outcome: StepOutcome | None, bar: tqdm, fault: str | None = None
-    ) -> EpisodeResult:
-        result = EpisodeResult(
+    def _result(self, attempt: Attempt, outcome: StepOutcome | None, fault: str | None = None) -> EpisodeResult:
+        return EpisodeResult(
             protocol=self.protocol.name,
             episode=attempt.episode,
             seed=self.protocol.first_seed + attempt.episode,
@@ -307,18 +316,19 @@ class _Evaluation:
             versions=self.versions,
             fault=fault,
         )
+
+    def _store(self, result: EpisodeResult, bar: tqdm) -> None:
         self.store.add(self.run_id, result)
-        if outcome is None:
+        if result.success is None:
             self.faults += 1
         else:
-            self.finished.add(attempt.episode)
-            self.successes += outcome.success
+            self.finished.add(result.episode)
+            self.successes += result.success
         bar.update()
         if self.finished:
             low, high = wilson(self.successes, len(self.finished))
             text = f"success {self.successes / len(self.finished):.0%} [{low:.0%}, {high:.0%}]"
             bar.set_postfix_str(text + (f", {self.faults} faults" if self.faults else ""))
-        return result
 
     def _filmed(self, attempt: Attempt, outcome: StepOutcome) -> bool:
         return self.film.wants_strip(attempt.episode) or self.film.wants_video(outcome.success)

@@ -22,10 +22,15 @@ LETTER = 0.6 * FONT_SIZE
 INK, PAPER, GREEN, RED = (32, 36, 42), (255, 255, 255), (22, 128, 60), (190, 40, 40)
 
 
+def video_path(folder: Path, protocol: str, episode: int) -> Path:
+    """Named as its film strip (``filmstrip.py``) is."""
+    return strip_path(folder, protocol, episode).with_suffix(".mp4")
+
+
 def write_video(folder: Path, frames: list[np.ndarray], steps: list[int], result: EpisodeResult, hz: float) -> Path:
     """Write the MP4 of ``frames``, uint8 (height, width, 3), each seen after so many ``steps`` of ``hz`` a second."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = strip_path(folder, result.protocol, result.episode).with_suffix(".mp4")
+    path = video_path(folder, result.protocol, result.episode)
     outcomes = [""] * (len(frames) - 1) + ["success" if result.success else "failure"]
     sheets = [
         _captioned(frame, result.instruction, f"step {step}", outcome)

@@ -76,6 +76,13 @@ def home(text: str, source: Source) -> Path:
     return Path(text).parent if Path(text).is_dir() else Path("runs") / re.sub(r"[^A-Za-z0-9@._-]", "-", source.name)
 
 
+def album(text: str) -> str:
+    """Where a policy's films lie below ``strips`` and ``videos`` of its home: directly there where nobody else's can be
+    (a run's ``policy``; whoever has a home of its own), else in a folder of its name, as for ``policies/step-*``."""
+    name = Path(text).resolve().name
+    return name if Path(text).is_dir() and name != "policy" else ""
+
+
 @contextmanager
 def _remote(scheme: str, address: str, view: str | None, name: str | None, token: str | None) -> Iterator[Source]:
     from vlm4vla.serving.baseline import Baseline, baseline
