@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.errors import UserError
 from vlm4vla.files import replacing
+from vlm4vla.pictures import resized
 
 
 def frames(dataset: Dataset, camera: str = "main", size: int | None = None) -> np.memmap:
@@ -18,7 +18,7 @@ def frames(dataset: Dataset, camera: str = "main", size: int | None = None) -> n
     deleted.
 
     Args:
-        size: resize to (size, size) once and for all, as ``resized`` does; None: as they are stored.
+        size: resize to (size, size) once and for all, as ``pictures.resized`` does; None: as they are stored.
 
     Raises:
         UserError: no such camera, a damaged data set, or no place for the file.
@@ -58,11 +58,6 @@ def pictures(
     if size is None or dataset.camera_size(camera) == (size, size):
         return lambda indices: dataset.images(indices, camera)
     return lambda indices: np.stack([resized(picture, size) for picture in dataset.images(indices, camera)])
-
-
-def resized(picture: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (height, width, 3) -> (size, size, 3), bicubic, the aspect ratio not kept (as VLM4VLA does)."""
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _pictures(dataset: Dataset, camera: str, size: int | None) -> Iterator[np.ndarray]:

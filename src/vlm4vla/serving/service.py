@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlm4vla.errors import UserError
+from vlm4vla.pictures import resized
 from vlm4vla.serving.sources import Source
 from vlm4vla.serving.wire import NATIVE, check_form, form
 from vlm4vla.types import ActionChunk, Observation
@@ -65,8 +65,7 @@ class Service:
                 f"{size} x {size}, as in training",
                 "send that size, or serve with --resize bicubic (what was used in training is best)",
             )
-        method = Image.Resampling[self.resize.upper()]
-        return np.asarray(Image.fromarray(image).resize((size, size), method))
+        return resized(image, size, self.resize)
 
     def _state(self, state: Any) -> np.ndarray | None:
         if self.source.state_size == 0:

@@ -33,6 +33,7 @@ import numpy as np
 
 from vlm4vla import convention
 from vlm4vla.errors import UserError
+from vlm4vla.pictures import resized
 from vlm4vla.sims.base import StepOutcome, check_actions
 from vlm4vla.types import Observation
 
@@ -126,12 +127,7 @@ class Calvin:
     def observe(self) -> Observation:
         if self._env is None:
             raise RuntimeError("no episode under way; reset first")
-        pixels = np.asarray(self._env.cameras[0].render()[0], np.uint8)
-        if pixels.shape[:2] != (self.image_size, self.image_size):
-            from PIL import Image
-
-            size = (self.image_size, self.image_size)
-            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        pixels = resized(np.asarray(self._env.cameras[0].render()[0], np.uint8), self.image_size)
         sentence = self._sentences[self._chain[min(self._solved, CHAIN - 1)]]
         state = np.asarray(self._env.robot.get_observation()[0], np.float32)
         return Observation({"main": np.ascontiguousarray(pixels)}, sentence, state)

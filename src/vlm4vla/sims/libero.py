@@ -39,6 +39,7 @@ import numpy as np
 
 from vlm4vla import convention
 from vlm4vla.errors import UserError, nearest
+from vlm4vla.pictures import resized
 from vlm4vla.sims.backend import choose_backend
 from vlm4vla.sims.base import StepOutcome, check_actions
 from vlm4vla.types import Observation
@@ -198,12 +199,7 @@ class Libero:
 
     def _render(self, camera: str) -> np.ndarray:
         image = self._env.sim.render(camera_name=camera, width=RENDER_SIZE, height=RENDER_SIZE)[::-1, ::-1]
-        if self.image_size != RENDER_SIZE:
-            from PIL import Image
-
-            size = (self.image_size, self.image_size)
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        return np.ascontiguousarray(image)
+        return np.ascontiguousarray(resized(image, self.image_size))
 
     def expert(self) -> np.ndarray:
         raise NotImplementedError("LIBERO has no scripted expert; its demonstrations are a data set")

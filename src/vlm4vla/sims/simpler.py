@@ -32,6 +32,7 @@ import numpy as np
 
 from vlm4vla import convention
 from vlm4vla.errors import UserError, nearest
+from vlm4vla.pictures import resized
 from vlm4vla.sims.base import StepOutcome, check_actions
 from vlm4vla.types import Observation
 
@@ -184,14 +185,10 @@ class Simpler:
     def observe(self) -> Observation:
         if self._env is None:
             raise RuntimeError("no episode under way; reset first")
-        from PIL import Image
-
         env = self._env
         seen = env.get_obs(env.get_info())["sensor_data"][CAMERA]["rgb"][0].cpu().numpy().astype(np.uint8)
-        size = (self.image_size, self.image_size)
-        pixels = np.asarray(Image.fromarray(seen).resize(size, Image.Resampling.BICUBIC))
         state = env.agent.robot.get_qpos()[0].cpu().numpy().astype(np.float32)
-        return Observation({"main": pixels}, env.get_language_instruction()[0], state)
+        return Observation({"main": resized(seen, self.image_size)}, env.get_language_instruction()[0], state)
 
     def expert(self) -> np.ndarray:
         raise NotImplementedError("SimplerEnv has no scripted expert")
