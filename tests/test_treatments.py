@@ -1,5 +1,7 @@
 """Treatments: frozen stays to the bit, trained moves, adapters are kept as such, parameters as many as published."""
 
+import json
+
 import numpy as np
 import peft
 import pytest
@@ -142,10 +144,21 @@ def test_plain_peft_opens_the_adapters(folder, images, tmp_path):
     train(ours, images)
     ours.eval()
     adapters.save(vlm, vlm.state_dict(), tmp_path / "adapter")
+    assert str(folder) not in (tmp_path / "adapter" / "adapter_config.json").read_text(), "it may be pushed"
     theirs = Backbone(peft.PeftModel.from_pretrained(load_vlm(str(folder))[0], tmp_path / "adapter").model, processor)
     theirs.query.data = ours.query.data
     inputs = ours.encode(images, TEXTS)
     assert torch.equal(theirs.eval()(inputs), ours(inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-2B-Instruct"), ("/home/me/vlm", None), ("", None)]
+)
+def test_adapters_name_their_vlm_where_others_can_find_it(name, said, tmp_path):
+    vlm = treatments.treat(tiny.build(NAMES, words(), seed=0)[0], TREATMENTS["lora"])
+    vlm.name_or_path = name
+    adapters.save(vlm, vlm.state_dict(), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == said
 
 
 def test_ranks_and_targets_are_the_groups_own():

@@ -68,7 +68,6 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
         rank_pattern={_exactly(name): value for name, value in ranks.items() if value != rank},
         alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
     )
-    config.base_model_name_or_path = vlm.name_or_path
     inject_adapter_in_model(config, vlm, NAME)
 
 
@@ -81,6 +80,9 @@ def save(vlm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> Non
     """Write peft's two files into ``folder``; ``state`` holds the VLM's whole tensors by name."""
     folder.mkdir(parents=True)
     config: Any = vlm.peft_config[NAME]
+    name = vlm.name_or_path
+    # Of a hub's model only: a folder of this machine says nothing elsewhere, and a push would publish it.
+    config.base_model_name_or_path = name if name.count("/") == 1 and not Path(name).exists() else None
     config.inference_mode = True
     config.save_pretrained(str(folder))
     config.inference_mode = False
