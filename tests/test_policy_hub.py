@@ -16,7 +16,7 @@ from vlm4vla.types import Observation
 PUSH_AND_LOAD = """
 import sys
 from vlm4vla.cli import main
-sys.argv = ["vlm4vla", "policy", "push", sys.argv[1], "somebody/policy"]
+sys.argv = ["vlm4vla", "policy", "push", sys.argv[1], "hub:somebody/policy"]
 main()
 """
 LOAD = """
@@ -53,7 +53,7 @@ def python(code, *arguments):
 def test_a_policy_goes_to_the_hub_and_comes_back(hub, policy_folder, tmp_path):
     done = python(PUSH_AND_LOAD, policy_folder)
     assert done.returncode == 0, done.stderr
-    assert "hub:somebody/policy" in done.stderr
+    assert "eval hub:somebody/policy --protocol" in done.stderr
     files = hub.repositories["somebody/policy"]
     assert files["action.safetensors"] == (policy_folder / "action.safetensors").read_bytes()
     files["vlm/pytorch_model.bin"] = b"a pickle that somebody put there"

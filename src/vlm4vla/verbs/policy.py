@@ -36,9 +36,9 @@ def policy_merge(folder: Path, out: Path) -> None:
 @click.option("--private", is_flag=True, help="Where the repository is made.")
 def policy_push(folder: Path, name: str, private: bool) -> None:
     """Upload POLICY to the Hugging Face hub; hub:OWNER/NAME then names it wherever a policy folder does."""
-    from vlm4vla.hub import push
+    from vlm4vla.hub import PREFIX, push
     from vlm4vla.policy import Policy
 
     Policy.load(folder)  # a damaged one stays here
     click.echo(push(folder, name, private))
-    next_step("vlm4vla eval {} --protocol NAME", f"hub:{name}")
+    next_step("vlm4vla eval {} --protocol NAME", PREFIX + name.removeprefix(PREFIX))
