@@ -208,6 +208,15 @@ def test_doctor_names_what_is_missing_and_what_mends_it(monkeypatch: pytest.Monk
     assert all("mend:" in after for line, after in itertools.pairwise(lines) if line.startswith("MISS"))
 
 
+def test_doctor_looks_for_what_serving_needs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    lines = doctor.doctor()[0]
+    for name in ("msgpack", "websockets"):
+        (at,) = (i for i, line in enumerate(lines) if line.split()[1] == name)
+        assert lines[at].startswith("- "), "the demo does without"
+        assert "vlm4vla[serve]" in lines[at + 1]
+
+
 @pytest.mark.sim
 def test_doctor_really_renders():
     found = doctor.renderer()

@@ -181,6 +181,7 @@ CHECKS = (
     package("accelerate", "train"),
     package("mujoco", "grinningface"),
     *(package(name, "data", needed=False) for name in ("av", "h5py", "google-crc32c", "huggingface_hub")),
+    *(package(name, "serve", needed=False) for name in ("msgpack", "websockets")),
     renderer,
     emoji_font,
     embedded_vlm,
