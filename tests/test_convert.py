@@ -24,6 +24,7 @@ import raw_data
 from vlm4vla.arguments import run_spec
 from vlm4vla.cli import cli
 from vlm4vla.convention import BRIDGE, CALVIN, LIBERO
+from vlm4vla.data import resumable
 from vlm4vla.data.convert import base
 from vlm4vla.data.convert.base import Demonstration, Left, convert
 from vlm4vla.data.convert.calvin import ANNOTATIONS, Calvin
@@ -60,7 +61,7 @@ def in_this_process(monkeypatch):
         def shutdown(self, **_):
             pass
 
-    monkeypatch.setattr(base, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(resumable, "ProcessPoolExecutor", Pool)
 
 
 def close(pictures, expected):

@@ -6,14 +6,11 @@ number of processes nor interruptions change a byte. Each finished attempt is a 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +21,14 @@ from tqdm import tqdm
 from vlm4vla import __version__, sims
 from vlm4vla.convention import Convention
 from vlm4vla.data.layout import IMAGE, OWN_KEY, STATE, vectors
-from vlm4vla.data.lerobot import Dataset
+from vlm4vla.data.resumable import begin, finished, processes
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
-from vlm4vla.files import replacing, write_text
+from vlm4vla.files import replacing
 from vlm4vla.locks import locked
 from vlm4vla.sims import protocols
 from vlm4vla.sims.base import Sim
 from vlm4vla.sims.protocols import DEMO_SEED, Protocol
-from vlm4vla.sims.worker import start_pool_process
 from vlm4vla.spec import DataSpec
 
 SEEDS_PER_RECORDING = 1_000_000
@@ -78,7 +74,7 @@ def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summar
         return _summary(folder, identity)
     with locked(partial / "lock", "recording"):
         if not folder.exists():
-            _check_identity(partial / "recording.json", identity)
+            begin(partial, "recording", identity)
             shards = partial / "episodes"
             shards.mkdir(exist_ok=True)
             done = _attempt(proto, data, shards, workers, progress)
@@ -141,8 +137,7 @@ def _attempt(proto: Protocol, data: DataSpec, shards: Path, workers: int, progre
     done = {int(path.stem): path.suffix == ".parquet" for path in shards.glob("[0-9]*.*")}
     attempt, pending = 0, set[Future]()
     bar = tqdm(total=data.episodes, initial=sum(done.values()), unit="episode", disable=not progress, desc="recording")
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_pool_process, (os.getpid(),))
-    try:
+    with bar, processes(workers, "recording") as pool:
         while sum(done.values()) < data.episodes:
             while len(pending) < 2 * workers and sum(done.values()) + len(pending) < data.episodes:
                 if attempt not in done:
@@ -161,15 +156,6 @@ def _attempt(proto: Protocol, data: DataSpec, shards: Path, workers: int, progre
                     "an expert that succeeds more often than not",
                     "lower data.noise",
                 )
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a recording process died after {sum(done.values())} of {data.episodes} episodes",
-            "processes that live (is memory short?)",
-            "run the same command again, perhaps with fewer workers; finished episodes are kept",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
     assert sorted(done) == list(range(len(done)))
     return done
 
@@ -253,25 +239,6 @@ def _versions(shards: list[Path]) -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in sorted(found.items())}
 
 
-def _check_identity(path: Path, identity: dict) -> None:
-    """The unfinished recording is this one; a new one says which it is."""
-    if not path.exists():
-        write_text(path, json.dumps(identity, indent=4))
-    elif json.loads(path.read_text()) != identity:
-        raise UserError(
-            f"{path.parent}, the beginning of another recording (see {path.name})",
-            "the same protocol, data settings and version",
-            f"name another folder, or: rm -r {path.parent}",
-        )
-
-
 def _summary(folder: Path, identity: dict) -> Summary:
-    dataset = Dataset.open(folder)
-    provenance = dataset.info.get(OWN_KEY, {}).get("provenance", {})
-    if provenance.get("recording") != identity:
-        raise UserError(
-            f"{folder}, another data set (see: vlm4vla data inspect {folder})",
-            "no folder, or the same recording",
-            f"name another folder, or: rm -r {folder}",
-        )
+    dataset, provenance = finished(folder, "recording", identity)
     return Summary(folder, dataset.num_episodes, dataset.num_frames, tuple(provenance["failed_seeds"]))

@@ -10,11 +10,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,14 +23,12 @@ from tqdm import tqdm
 
 from vlm4vla import __version__
 from vlm4vla.convention import Convention
-from vlm4vla.data.layout import OWN_KEY, STATE, vectors
-from vlm4vla.data.lerobot import Dataset
+from vlm4vla.data.layout import STATE, vectors
+from vlm4vla.data.resumable import begin, finished, processes
 from vlm4vla.data.video import Film
 from vlm4vla.data.write import Clip, Episode, write
 from vlm4vla.errors import UserError
-from vlm4vla.files import write_text
 from vlm4vla.locks import locked
-from vlm4vla.sims.worker import start_pool_process
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def convert(source: Source, out: Path, workers: int, progress: bool, drop_damage
         return _summary(out, identity, drop_damaged)
     with locked(partial / "lock", "conversion"):
         if not out.exists():
-            _check_identity(partial / "conversion.json", identity)
+            begin(partial, "conversion", identity)
             shards = partial / "shards"
             shards.mkdir(exist_ok=True)
             number = _make_shards(source, shards, workers, progress, drop_damaged)
@@ -133,26 +129,15 @@ def _make_shards(source: Source, folder: Path, workers: int, progress: bool, dro
     for old in folder.glob(".*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(old)
     missing = [i for i in range(len(shards)) if not (folder / _name(i)).is_dir()]
-    bar = tqdm(
-        total=len(shards), initial=len(shards) - len(missing), unit="shard", desc="converting", disable=not progress
-    )
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_pool_process, (os.getpid(),))
-    try:
+    done = len(shards) - len(missing)
+    bar = tqdm(total=len(shards), initial=done, unit="shard", desc="converting", disable=not progress)
+    with bar, processes(workers, "conversion") as pool:
         futures = [pool.submit(_make_shard, source, shards[i], folder / _name(i), drop_damaged) for i in missing]
         frames = 0
         for future in as_completed(futures):
             frames += future.result()
             bar.set_postfix(frames=frames, refresh=False)
             bar.update()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a converting process died after {bar.n} of {len(shards)} shards",
-            "processes that live (is memory short?)",
-            "run the same command again, perhaps with fewer workers; finished shards are kept",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
     return len(shards)
 
 
@@ -283,17 +268,6 @@ def _name(number: int) -> str:
     return f"{number:06d}"
 
 
-def _check_identity(path: Path, identity: dict) -> None:
-    if not path.exists():
-        write_text(path, json.dumps(identity, indent=1))
-    elif json.loads(path.read_text()) != identity:
-        raise UserError(
-            f"{path.parent}, the beginning of another conversion (see {path.name})",
-            "the same raw data, options and version",
-            f"name another folder, or: rm -r {path.parent}",
-        )
-
-
 def _check_damaged(folder: Path, damaged: Sequence[str], drop_damaged: bool) -> None:
     if damaged and not drop_damaged:
         raise UserError(
@@ -304,14 +278,7 @@ def _check_damaged(folder: Path, damaged: Sequence[str], drop_damaged: bool) -> 
 
 
 def _summary(folder: Path, identity: dict, drop_damaged: bool) -> Summary:
-    dataset = Dataset.open(folder)
-    provenance = dataset.info.get(OWN_KEY, {}).get("provenance", {})
-    if provenance.get("conversion") != identity:
-        raise UserError(
-            f"{folder}, another data set (see: vlm4vla data inspect {folder})",
-            "no folder, or the same conversion",
-            f"name another folder, or: rm -r {folder}",
-        )
+    dataset, provenance = finished(folder, "conversion", identity)
     left, damaged = provenance["left_out"], tuple(provenance["damaged"])
     _check_damaged(folder, damaged, drop_damaged)
     return Summary(folder, dataset.num_episodes, dataset.num_frames, left, damaged)
