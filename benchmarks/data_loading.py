@@ -23,9 +23,9 @@ from vlm4vla.convention import BRIDGE
 from vlm4vla.data.cache import frames
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.normalize import Statistics
-from vlm4vla.data.video import Film
 from vlm4vla.data.windows import windows
 from vlm4vla.data.write import Clip, Episode, write
+from vlm4vla.sims.film import Film
 
 SIZE, CHUNK, BATCH, EPISODE = 256, 4, 32, 100
 LEROBOT = """

@@ -19,9 +19,9 @@ from vlm4vla.data import video
 from vlm4vla.data import write as writing
 from vlm4vla.data.cache import frames
 from vlm4vla.data.lerobot import Dataset
-from vlm4vla.data.video import Film
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
+from vlm4vla.sims.film import GOP, Film
 
 LOSS = 6
 """Mean absolute difference that the codec may make, of 255, on the pictures below."""
@@ -119,7 +119,7 @@ def test_a_random_frame_costs_at_most_one_group_of_pictures(tmp_path, monkeypatc
 
     monkeypatch.setattr(video._Reader, "_find", counting)
     assert shown(dataset, [37]) == [37]
-    assert 1 <= len(decoded) <= video.GOP
+    assert 1 <= len(decoded) <= GOP
 
 
 def test_a_foreign_film_with_b_frames_and_long_groups_is_read(tmp_path):

@@ -1,11 +1,9 @@
-"""MP4 files of many episodes: written by ``Film``, read frame by frame by ``decode``. PyAV. T frames, B wanted ones."""
+"""MP4 files of many episodes (``sims.film.Film`` writes them), read frame by frame. PyAV. T frames, B wanted ones."""
 
 import os
 import threading
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -16,51 +14,11 @@ from av.video.reformatter import VideoReformatter
 from vlm4vla.data.layout import damaged
 from vlm4vla.errors import UserError
 
-GOP = 2
-"""Every second frame is a key frame, as in lerobot: a frame picked at random costs at most two decodings."""
-CODEC, PIXELS = "libx264", "yuv420p"
-OPTIONS = {"preset": "veryfast", "crf": "18", "bf": "0"}
-"""H.264 decodes faster than lerobot's AV1. crf 18 is said to be visually lossless; no B-frames: none is waited for."""
 TOLERANCE = 0.1
 """A frame may lie this share of a frame's duration beside its time: files round to their own clock."""
 READ_ON = 2
 """A wanted frame at most so many frames ahead is reached by decoding on, without a seek: as many as a seek costs."""
 OPEN_FILES = 32
-
-
-class Film:
-    """Writes one MP4; a context manager."""
-
-    def __init__(self, path: Path, fps: float, size: tuple[int, int]):
-        """``size``: height and width, both even (H.264 stores colours for blocks of 2 x 2)."""
-        height, width = size
-        if height % 2 or width % 2:
-            raise UserError(f"pictures of {height} x {width}", "even sides for video", "crop or resize them first")
-        self.path, self.fps, self.size, self.num_frames = path, fps, size, 0
-        self._rate = Fraction(fps).limit_denominator(10_000)
-        self._container = av.open(str(path), "w", format="mp4")
-        self._stream: Any = self._container.add_stream(CODEC, rate=self._rate, options=OPTIONS)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, PIXELS
-        self._stream.codec_context.gop_size = GOP
-        self._stream.codec_context.thread_count = 1  # the processes are the parallelism
-
-    def add(self, frames: np.ndarray) -> float:
-        """Append uint8 (T, height, width, 3); returns the first one's time in seconds."""
-        start = self.num_frames / self.fps
-        for picture in frames:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = self.num_frames, 1 / self._rate
-            self._container.mux(self._stream.encode(frame))
-            self.num_frames += 1
-        return start
-
-    def __enter__(self) -> "Film":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        if kind is None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
 
 
 def decode(path: Path, times: np.ndarray, fps: float, size: tuple[int, int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from vlm4vla.data.layout import DATA_PATH, FILE, IMAGE, OWN_KEY, STATE, VERSION,
 from vlm4vla.errors import UserError
 
 if TYPE_CHECKING:
-    from vlm4vla.data.video import Film
+    from vlm4vla.sims.film import Film
 
 DATA_FILE_MB, VIDEO_FILE_MB, CHUNK_FILES = 100, 200, 1000
 """lerobot's defaults: data files of about 100 MB, films of about 200, at most 1000 files in a chunk folder."""

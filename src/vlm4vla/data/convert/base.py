@@ -25,10 +25,10 @@ from vlm4vla import __version__
 from vlm4vla.convention import Convention
 from vlm4vla.data.layout import STATE, vectors
 from vlm4vla.data.resumable import begin, finished, processes
-from vlm4vla.data.video import Film
 from vlm4vla.data.write import Clip, Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.locks import locked
+from vlm4vla.sims.film import Film
 
 
 @dataclass(frozen=True)
