@@ -80,7 +80,7 @@ def save(vlm: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> Non
     """Write peft's two files into ``folder``; ``state`` holds the VLM's whole tensors by name."""
     folder.mkdir(parents=True)
     config: Any = vlm.peft_config[NAME]
-    name = vlm.name_or_path
+    name = str(vlm.name_or_path)
     # Of a hub's model only: a folder of this machine says nothing elsewhere, and a push would publish it.
     config.base_model_name_or_path = name if name.count("/") == 1 and not Path(name).exists() else None
     config.inference_mode = True

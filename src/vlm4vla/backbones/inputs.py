@@ -123,7 +123,8 @@ class Inputs:
             pictures = images.to(options["device"]).permute(0, 3, 1, 2)
         else:
             pictures = images.cpu().numpy()
-        made = self.processor.image_processor([[picture] for picture in pictures], **options)
+        images_only: Any = self.processor.image_processor
+        made = images_only([[picture] for picture in pictures], **options)
         # Sizes stay on the CPU: they are read there.
         return {
             name: value if name.endswith("_grid_thw") else value.to(images.device)

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +54,9 @@ class Backbone(nn.Module):
         self.packed = packed_vision(vlm)
         self.hidden_size: int = vlm.config.get_text_config().hidden_size
         self.query = nn.Parameter(torch.zeros(self.hidden_size))
-        embeddings = vlm.get_input_embeddings()
+        embeddings: Any = vlm.get_input_embeddings()
         if query_init == "normal" and not embeddings.weight.is_meta:
-            nn.init.normal_(self.query, std=float(embeddings.weight.std()))
+            nn.init.normal_(self.query, std=float(embeddings.weight.detach().std()))
         # Gemma multiplies embeddings by a constant inside the table: the query stays in units of the table's rows.
         self.scale = float(getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0)))
 

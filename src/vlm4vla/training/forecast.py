@@ -23,11 +23,11 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(side, side, device=device, dtype=dtype)
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    a @ a
+    torch.matmul(a, a)
     synchronize()
     number, started = 0, time.perf_counter()
     while time.perf_counter() - started < MEASURE_S:
-        a @ a
+        torch.matmul(a, a)
         synchronize()
         number += 1
     return number * 2 * side**3 / (time.perf_counter() - started)

@@ -185,7 +185,7 @@ def _fit(
             if (step + 1) % LOG_EVERY == 0 or last or step + 1 in exports:
                 rows = {name: torch.stack([row[name] for row, _ in pending]).float() for name in terms}
                 if accelerator.num_processes > 1:
-                    rows = {name: accelerator.reduce(values, "sum") for name, values in rows.items()}
+                    rows = {name: processes.reduce(accelerator, values, "sum") for name, values in rows.items()}
                 rows = {name: values.cpu() for name, values in rows.items()}
                 rows["grad_norm"] = torch.stack([value for _, value in pending]).float().cpu()
                 finite = {name: rows[name].isfinite() for name in ("loss", "grad_norm")}
@@ -204,7 +204,7 @@ def _fit(
                     metrics.write(step + 1, row)
                 accelerator.log(row, step=step + 1)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['samples_per_s']:.0f}/s")
-                since = accelerator.reduce(torch.tensor(time.monotonic() - saved_at, device=device), "mean")
+                since = processes.reduce(accelerator, torch.tensor(time.monotonic() - saved_at, device=device), "mean")
                 window_start, waited, pending = time.monotonic(), 0.0, []
                 keep = last or step + 1 in exports or float(since) > runtime.checkpoint_s
                 values = (processes.local(value) for value in (*trained.values(), *average.values()))
@@ -226,8 +226,7 @@ def _fit(
 def _shares(objective: Objective, micro: list[dict[str, Tensor]], accelerator: Accelerator) -> list[Tensor]:
     """What each of this process's parts counts in the batch's loss, which is a mean over all parts together."""
     weights = torch.stack([objective.weight(batch).float() for batch in micro]).to(accelerator.device)
-    total = accelerator.reduce(weights.sum(), "sum")
-    return list(weights / total)
+    return list(weights / processes.reduce(accelerator, weights.sum(), "sum"))
 
 
 def make_batch(

@@ -8,10 +8,11 @@ processes: each takes a contiguous part of it, and every random number is drawn 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,6 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 AHEAD = 2
 """Batches that are made while the device works on the present one."""
+
+
+def reduce(accelerator: Accelerator, value: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+    """A tensor that every process has, over all of them."""
+    return cast(Tensor, accelerator.reduce(value, how))
 
 
 class PartOf:
@@ -109,7 +115,8 @@ def whole_state(module: nn.Module, average: dict[str, Tensor], keep: bool) -> di
     for key, value in module.state_dict(keep_vars=True).items():
         name = names.get(id(value), key)
         if name not in seen:
-            source = average.get(name, value).detach()
+            held: Any = average.get(name, value)
+            source = held.detach()
             gathered = whole(source)
             # Sharded ones are moved away at once: a device that needs shards cannot hold all of them.
             seen[name] = gathered.cpu() if keep and gathered is not source else gathered if keep else torch.empty(0)

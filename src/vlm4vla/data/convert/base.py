@@ -158,7 +158,7 @@ def _make_shard(source: Source, shard: Any, folder: Path, drop_damaged: bool) ->
             error = item if isinstance(item, UserError) else _wrong(item, source.convention)
             if error is None and isinstance(item, Demonstration):
                 sizes = {camera: frames.shape[1:3] for camera, frames in item.images.items()}
-                found = {**sizes, "state": np.shape(item.states)[1:]}
+                found = {**sizes, "state": () if item.states is None else item.states.shape[1:]}
                 first = first or found
                 films = films or {
                     camera: stack.enter_context(Film(partial / f"{camera}.mp4", source.convention.control_hz, size))
