@@ -12,6 +12,17 @@ PREFIX = "hub:"
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.md")
 
 
+def split(name: str) -> tuple[str, str]:
+    """``hub:owner/name@revision`` -> ``("owner/name", "revision")``; the revision is empty where none is named."""
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    return repository, revision
+
+
+def local(source: Path | str) -> Path:
+    """A folder as it is; of ``hub:owner/name`` the local copy, see ``fetch``."""
+    return fetch(str(source)) if str(source).startswith(PREFIX) else Path(source)
+
+
 def fetch(name: str) -> Path:
     """Download ``hub:owner/name[@revision]``, or what of it is not here yet; returns the local folder.
 
@@ -21,7 +32,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    repository, revision = split(name)
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

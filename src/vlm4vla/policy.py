@@ -159,7 +159,7 @@ class Policy:
         Raises:
             UserError: not a policy folder, a damaged one, or one of another format.
         """
-        folder = hub.fetch(str(folder)) if str(folder).startswith(hub.PREFIX) else Path(folder)
+        folder = hub.local(folder)
         path = folder / "policy.json"
         if not path.is_file():
             raise UserError(f"no {path}", "a policy folder", "train one: vlm4vla train --help")

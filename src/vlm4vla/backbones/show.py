@@ -55,7 +55,7 @@ def departures(row: Family) -> list[str]:
 
 
 def num_visual_tokens(tokens: dict[str, torch.Tensor], config: PretrainedConfig) -> int:
-    """Places of one prompt's (L,) that the projected picture fills."""
+    """Places of the prompts in ``tokens``, (L,) or (B, L), that projected pictures fill."""
     if (places := tokens.get("image_embeds_position_mask")) is not None:  # Kosmos-2 has no token of its own for them
         return int(places.sum())
     names = ("image_token_id", "image_token_index", "image_patch_id")

@@ -11,8 +11,8 @@ from typing import Any
 from vlm4vla.data.layout import OWN_KEY, description, read_info
 from vlm4vla.errors import UserError
 from vlm4vla.files import cache, write_text
+from vlm4vla.hub import PREFIX, split
 
-SCHEME = "hub:"
 COMPLETE = ".complete.json"
 """Beside the files: what has been downloaded. It is written last, so where it is, the hub need not be asked again."""
 
@@ -23,9 +23,9 @@ def local(source: Path | str, only_meta: bool = False) -> Path:
     Raises:
         UserError: no such data set, no access, or the download was interrupted.
     """
-    if not str(source).startswith(SCHEME):
+    if not str(source).startswith(PREFIX):
         return Path(source)
-    name, _, revision = str(source).removeprefix(SCHEME).partition("@")
+    name, revision = split(str(source))
     folder = place(name, revision)
     features = description(folder).get("cameras", {}).values()
     wanted = ["meta/*"] if only_meta else ["meta/*", "data/*", *([f"videos/*{f}/*" for f in features] or ["videos/*"])]
@@ -41,7 +41,7 @@ def local(source: Path | str, only_meta: bool = False) -> Path:
 def place(name: str, revision: str) -> Path:
     """Where a data set of the hub lies on this machine."""
     if name.count("/") != 1 or not all(part.strip(".") for part in name.split("/")):
-        raise UserError(f"{SCHEME}{name}", f"{SCHEME}owner/name or {SCHEME}owner/name@revision", "mend the name")
+        raise UserError(f"{PREFIX}{name}", f"{PREFIX}owner/name or {PREFIX}owner/name@revision", "mend the name")
     return cache() / "datasets" / "--".join([*name.split("/"), *([revision.replace("/", "-")] if revision else [])])
 
 

@@ -132,7 +132,7 @@ def _remote(scheme: str, address: str, view: str | None, name: str | None, token
 
 def checkpoint(text: str, device: str, threads: int | None = None) -> Source:
     """A policy folder of ours, or one on the hub. Raises ``UserError`` as ``Policy.load`` and ``hub.fetch``."""
-    folder = hub.fetch(text) if text.startswith(hub.PREFIX) else Path(text)
+    folder = hub.local(text)
     if not (folder / "policy.json").is_file():  # said before torch is imported
         others = ", ".join([*(f"{server}://host:port" for server in SERVERS), "replay:DATA", "random:DATA"])
         raise UserError(

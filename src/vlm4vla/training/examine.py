@@ -18,6 +18,7 @@ from vlm4vla.audit import Audit
 from vlm4vla.backbones import treatments
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_config, load_processor
+from vlm4vla.backbones.show import num_visual_tokens
 from vlm4vla.backbones.vlm import auto_class
 from vlm4vla.policy import VLA
 from vlm4vla.spec import RunSpec, TreatmentSpec
@@ -58,7 +59,7 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
     inputs = backbone.encode(np.zeros((1, image_size, image_size, 3), np.uint8), [INSTRUCTION])
     pictures = backbone.inputs.pixels(inputs["images"])
     ids = inputs["input_ids"][0].tolist()
-    tokens = visual_tokens(vlm, {**inputs, **pictures})
+    tokens = num_visual_tokens({**inputs, **pictures}, vlm.config)
     scales = treatments.lr_scales(vlm, spec.treated, training)
     parts = {**{n: g.mode for n, g in spec.treated.groups().items()}, "head": spec.treated.head.mode}
     work = forward_flops(vlm, pictures, len(ids), tokens)
@@ -98,15 +99,6 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
 
 
 # ---------------------------------------------------------------------------------------------------------- what it is
-
-
-def visual_tokens(vlm: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> int:
-    """Positions of the LLM's sequence that hold the picture."""
-    if "image_embeds_position_mask" in inputs:  # Kosmos-2 has no token for it
-        return int(inputs["image_embeds_position_mask"].sum())
-    names = ("image_token_id", "image_token_index", "image_patch_id")
-    token = next((value for name in names if (value := getattr(vlm.config, name, None)) is not None), None)
-    return int((inputs["input_ids"] == token).sum())
 
 
 def _resampling(processor: Processor, pictures: Mapping[str, torch.Tensor]) -> str:
