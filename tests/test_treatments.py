@@ -6,12 +6,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from click.testing import CliRunner
 
 from fake_sim import CONVENTION
 from full_size import CONFIGS, built
 from vlm4vla.backbones import adapters, tiny, treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import Backbone, parameters_hash, save_vlm
+from vlm4vla.cli import cli
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA, Policy
@@ -102,17 +104,21 @@ def test_adapters_change_nothing_before_training(images):
     assert torch.equal(plain(plain.encode(images, TEXTS)), before)
 
 
-def test_a_policy_with_adapters_keeps_them_as_adapters_and_acts_the_same_when_opened(folder, images, tmp_path):
-    spec = spec_of(COMPOSED, backbone=str(folder))
+def trained_on(folder, spec, images):
+    """A policy of ``spec`` on the VLM in ``folder``, after two steps."""
     torch.manual_seed(1)
     vlm, processor = load_vlm(str(folder))
     card = {"backbone_hash": parameters_hash(vlm)}
     vla = VLA(treatments.treat(vlm, spec.treated), processor, spec, 0)
     train(vla.backbone, images)
     actions = Normalizer.fit(np.tile(np.eye(7, dtype=np.float32), (8, 1)))
-    policy = Policy(vla, spec, CONVENTION, actions, None, 96, card)
+    return Policy(vla, spec, CONVENTION, actions, None, 96, card)
+
+
+def test_a_policy_with_adapters_keeps_them_as_adapters_and_acts_the_same_when_opened(folder, images, tmp_path):
+    policy = trained_on(folder, spec_of(COMPOSED, backbone=str(folder)), images)
     policy.save(tmp_path)
-    look = Observation({"main": images[0]}, TEXTS[0])
+    vla, look = policy.vla, Observation({"main": images[0]}, TEXTS[0])
     chunk = policy.predict([look])[0].actions
     assert np.array_equal(Policy.load(tmp_path).predict([look])[0].actions, chunk)
     assert not (tmp_path / "vlm").exists(), "the VLM is kept where it is"
@@ -121,20 +127,33 @@ def test_a_policy_with_adapters_keeps_them_as_adapters_and_acts_the_same_when_op
 
     base, _ = load_vlm(str(folder))
     base.load_state_dict(adapters.merged(vla.backbone.vlm))
-    whole = Backbone(base, processor).eval()
+    whole = Backbone(base, vla.backbone.processor).eval()
     whole.query.data = vla.backbone.query.data
     torch.testing.assert_close(whole(inputs), hidden, atol=1e-5, rtol=1e-5)
 
+
+def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images, tmp_path):
+    """Where it was in training there is nothing; other weights are refused; a merged policy needs it no more."""
+    policy = trained_on(folder, spec_of("lora", backbone=str(tmp_path / "vlm")), images)
+    (tmp_path / "policy").mkdir()
+    policy.save(tmp_path / "policy")
+
+    def merge(*options):
+        arguments = ["policy", "merge", str(tmp_path / "policy"), "--out", str(tmp_path / "whole"), *options]
+        return CliRunner().invoke(cli, arguments).exception
+
+    error = merge()
+    assert isinstance(error, UserError)
+    assert f"policy merge {tmp_path / 'policy'} --backbone NAME --out FOLDER" in error.next_step
+    assert "hf download" not in error.next_step, "it was a folder"
     save_vlm(*tiny.build(NAMES, words(), seed=9), tmp_path / "other")
-    for name in ("model.safetensors", "config.json"):
-        (folder / name).rename(folder / f"kept-{name}")
-        (tmp_path / "other" / name).rename(folder / name)
-    try:
-        with pytest.raises(UserError, match="other weights in the backbone"):
-            Policy.load(tmp_path)
-    finally:
-        for name in ("model.safetensors", "config.json"):
-            (folder / f"kept-{name}").rename(folder / name)
+    assert "other weights in the backbone" in str(merge("--backbone", str(tmp_path / "other")))
+    assert merge("--backbone", str(folder)) is None
+    look = Observation({"main": images[0]}, TEXTS[0])
+    merged = Policy.load(tmp_path / "whole").predict([look])[0].actions
+    np.testing.assert_allclose(merged, policy.predict([look])[0].actions, atol=1e-5)
+    with pytest.raises(UserError, match="which has its own"):
+        Policy.load(tmp_path / "whole", backbone=str(folder))
 
 
 def test_plain_peft_opens_the_adapters(folder, images, tmp_path):

@@ -9,6 +9,7 @@ trained in the VLM; such a folder needs the VLM that it was trained on, whose we
 import hashlib
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -153,13 +154,17 @@ class Policy:
         self.vla.backbone.vlm = whole.eval()
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu") -> "Policy":
-        """Open a policy folder, or ``hub:owner/name``; nothing else is needed, and nothing is unpickled.
+    def load(cls, folder: Path | str, device: str = "cpu", backbone: str | None = None) -> "Policy":
+        """Open a policy folder, or ``hub:owner/name``; nothing is unpickled, and nothing else is needed but for
+        adapters the VLM that they were trained on.
+
+        Args:
+            backbone: where that VLM is here, if not where it was in training.
 
         Raises:
-            UserError: not a policy folder, a damaged one, or one of another format.
+            UserError: not a policy folder, a damaged one, one of another format, or adapters without their VLM.
         """
-        folder = hub.local(folder)
+        name, folder = str(folder), hub.local(folder)
         path = folder / "policy.json"
         if not path.is_file():
             raise UserError(f"no {path}", "a policy folder", "train one: vlm4vla train --help")
@@ -181,8 +186,10 @@ class Policy:
         except (KeyError, TypeError, UserError) as error:
             raise _damaged(path, error) from error
         if (folder / ADAPTER).is_dir():
-            vlm, processor = _adapted(spec, folder / ADAPTER, card)
+            vlm, processor = _adapted(spec, folder / ADAPTER, card, name, backbone or spec.backbone)
         else:
+            if backbone is not None:
+                raise UserError(f"a backbone for {name}, which has its own", "a policy with adapters", "leave it out")
             try:
                 vlm, processor = load_vlm(str(folder / "vlm"))
             except UserError as error:
@@ -199,14 +206,20 @@ class Policy:
         return cls(vla.to(torch_device(device)).eval(), spec, convention, actions, state, image_size, card)
 
 
-def _adapted(spec: RunSpec, folder: Path, card: dict) -> tuple[PreTrainedModel, Processor]:
+def _adapted(spec: RunSpec, folder: Path, card: dict, policy: str, backbone: str) -> tuple[PreTrainedModel, Processor]:
     """The VLM that a policy's adapters were trained on, with the adapters and whatever else was trained in it."""
-    vlm, processor = load_vlm(spec.backbone)
+    merge = f"vlm4vla policy merge {shlex.quote(policy)} --backbone NAME --out FOLDER"
+    mend = f"say where they are (NAME: a folder or a hub id), once and for all: {merge}"
+    try:
+        vlm, processor = load_vlm(backbone)
+    except UserError as error:
+        expected = f"the weights that the adapters in {policy} were trained on (hash {card['backbone_hash']})"
+        raise UserError(error.found, expected, f"{error.next_step}; or {mend}") from error
     if (found := parameters_hash(vlm)) != card["backbone_hash"]:
         raise UserError(
-            f"other weights in the backbone {spec.backbone!r} (hash {found}) than the adapters in {folder} sit on",
+            f"other weights in the backbone {backbone!r} (hash {found}) than the adapters in {policy} sit on",
             f"the weights with the hash {card['backbone_hash']}",
-            "get those, or where they are make a policy that needs none: vlm4vla policy merge --help",
+            mend,
         )
     try:
         adapters.load(vlm, folder)

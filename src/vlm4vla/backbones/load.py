@@ -1,5 +1,6 @@
 """Opening a VLM by name, and saying plainly what is wrong with a name that cannot be opened."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def _source(name: str) -> str:
 def _mend(name: str) -> str:
     if Path(_source(name)).is_dir():
         return "make or copy that folder again"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):  # cannot be a hub id
+        return f"check the path: ls {shlex.quote(str(Path(name).parent))}"
     return f"check the name, or download it: hf download {name}"
 
 

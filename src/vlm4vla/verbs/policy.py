@@ -16,14 +16,15 @@ def policy() -> None:
 @policy.command("merge")
 @click.argument("folder", metavar="POLICY", type=FOLDER)
 @out_option
-def policy_merge(folder: Path, out: Path) -> None:
+@click.option("--backbone", help="Folder or hub id of its VLM, where it is not what it was in training.")
+def policy_merge(folder: Path, out: Path, backbone: str | None) -> None:
     """Write POLICY, whose VLM has adapters, with a whole VLM: OUT/vlm opens in plain transformers."""
     from vlm4vla.files import new_folder
     from vlm4vla.policy import Policy
 
     if out.exists():
         raise UserError(f"{out}, which is there already", "a new folder", "name another")
-    loaded = Policy.load(folder)
+    loaded = Policy.load(folder, backbone=backbone)
     loaded.merge()
     with new_folder(out) as partial:
         loaded.save(partial)
