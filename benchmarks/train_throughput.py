@@ -50,15 +50,14 @@ def demonstrations(folder: Path, size: int, convention: Convention) -> Dataset:
     return Dataset.open(folder)
 
 
-def build(spec: RunSpec, dataset: Dataset, device: torch.device) -> Imitation:
-    """The objective of a policy with random weights."""
+def drawn(spec: RunSpec, actions: np.ndarray, image_size: int, device: torch.device) -> Policy:
+    """A policy with random weights."""
     config, processor = load_config(spec.backbone), load_processor(spec.backbone)
     torch.manual_seed(0)
     with torch.device(device):
         vlm = auto_class(config).from_config(config, dtype=torch.float32)
         vla = VLA(treatments.treat(vlm, spec.treated), processor, spec, 0)
-    policy = Policy(vla, spec, CONVENTION, Normalizer.fit(dataset.actions), None, dataset.image_size, {})
-    return Imitation(policy, dataset)
+    return Policy(vla, spec, CONVENTION, Normalizer.fit(actions), None, image_size, {})
 
 
 class Plain(torch.nn.Module):
@@ -128,7 +127,7 @@ def main() -> None:
     rate = matrix_rate(device, options.precision)
     with tempfile.TemporaryDirectory() as folder:
         dataset = demonstrations(Path(folder) / "data", options.image_size, CONVENTION)
-        objective = build(spec, dataset, device)
+        objective = Imitation(drawn(spec, dataset.actions, dataset.image_size, device), dataset)
         if options.gradient_checkpointing:
             objective.vla.backbone.vlm.gradient_checkpointing_enable({"use_reentrant": False})
         vla = objective.vla

@@ -14,7 +14,7 @@ from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
 from vlm4vla.policy import Policy
 from vlm4vla.sims import protocols
-from vlm4vla.spec import RunSpec
+from vlm4vla.spec import RunSpec, TrainSpec
 from vlm4vla.types import Observation
 
 
@@ -87,3 +87,16 @@ def test_a_whole_folder_acts_as_what_was_saved(policy_folder):
     look = Observation({"main": np.full((96, 96, 3), 100, np.uint8)}, "place it on cat")
     assert np.array_equal(a.predict([look])[0].actions, b.predict([look])[0].actions)
     assert (a.spec, a.convention, a.image_size) == (RunSpec(), CONVENTION, 96)
+
+
+def test_the_vlm_acts_in_the_precision_that_it_was_trained_in_and_the_head_in_fp32(policy_folder):
+    policy = Policy.load(policy_folder)
+    look = Observation({"main": np.full((96, 96, 3), 100, np.uint8)}, "place it on cat")
+    kinds = []
+    for module in (policy.vla.backbone.vlm.get_decoder().layers[0].mlp, policy.vla.head.trunk):
+        module.register_forward_hook(lambda _module, _inputs, output: kinds.append(output.dtype))
+    full = policy.predict([look])[0].actions
+    policy.spec = policy.spec.model_copy(update={"training": TrainSpec(precision="bf16")})
+    half = policy.predict([look])[0].actions
+    assert kinds == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    np.testing.assert_allclose(half, full, atol=0.05)

@@ -51,7 +51,10 @@ class VLA(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Inputs of ``Backbone.encode`` (and normalised state (B, S) with proprioception) -> the head's predictions."""
-        hidden = self.backbone(inputs)
+        return self.read(self.backbone(inputs), state)
+
+    def read(self, hidden: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The query's hidden state (B, D) -> the head's predictions."""
         return self.head(hidden if state is None else torch.cat([hidden, state], -1))
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
@@ -83,7 +86,8 @@ class Policy:
 
     @torch.no_grad()
     def predict(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """One chunk (H, A) in native units for each observation. Deterministic.
+        """One chunk (H, A) in native units for each observation. Deterministic; the VLM computes in the precision that
+        it was trained in, the head in fp32.
 
         Raises:
             UserError: an observation lacks the camera, or has another size than the policy was trained on.
@@ -95,8 +99,12 @@ class Policy:
         if self.state is not None:
             states = np.stack([self._state(observation) for observation in observations])
             state = torch.from_numpy(self.state.normalize(states)).to(self.device)
-        self.vla.eval()
-        chunks = decode(*self.vla(inputs, state)).cpu().numpy()
+        if self.vla.training:
+            self.vla.eval()  # goes through a thousand modules
+        half = self.spec.training.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            hidden = self.vla.backbone(inputs)
+        chunks = decode(*self.vla.read(hidden, state)).cpu().numpy()
         return [ActionChunk(self.actions.unnormalize(chunk), self.convention) for chunk in chunks]
 
     def _image(self, observation: Observation) -> np.ndarray:
