@@ -28,14 +28,12 @@ TEXT = {
     "max_position_embeddings": 2048,
 }
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIGLIP = {
-    "model_type": "siglip_vision_model",
-    **VISION,
-    "patch_size": 14,
-    "image_size": SIDE,
-    "vision_use_head": False,
-}
+PATCHED = {**VISION, "patch_size": 14, "image_size": SIDE}
+SIGLIP = {"model_type": "siglip_vision_model", **PATCHED, "vision_use_head": False}
 SQUARE = {"height": SIDE, "width": SIDE}
+CHATML = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 Family = tuple[Any, Any]
 FAMILIES: dict[str, Callable[[], Family]] = {}
 
@@ -100,6 +98,12 @@ def chatml(image: str, answer: str = "<|im_start|>assistant\\n") -> str:
     return template("'<|im_start|>' + message.role + '\\n'", image, "<|im_end|>\\n", answer)
 
 
+def config(model_type: str, words: Any, text: dict, vision: dict, **more: Any) -> Any:
+    """A configuration whose LLM is of the common size, with a few words more than its tokenizer."""
+    text = {**TEXT, "vocab_size": len(words) + 16, **text}
+    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **more)
+
+
 # ----------------------------------------------------------------------------------------------------------------- Qwen
 
 
@@ -110,19 +114,11 @@ def qwen_tokenizer(answer: str = "<|im_start|>assistant\\n") -> Any:
         "vision_bos_token": "<|vision_start|>",
         "vision_eos_token": "<|vision_end|>",
     }
-    return tokenizer(
-        chatml("<|vision_start|><|image_pad|><|vision_end|>", answer),
-        "<|im_start|>",
-        "<think>",
-        "</think>",
-        named=named,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
+    form = chatml("<|vision_start|><|image_pad|><|vision_end|>", answer)
+    return tokenizer(form, "<|im_start|>", "<think>", "</think>", named=named, **CHATML)
 
 
 def qwen(model_type: str, words: Any, patch: int, text: dict, vision: dict, tie: bool = True) -> Family:
-    number = words.convert_tokens_to_ids
     pixels = (4 * patch) ** 2
     images = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": pixels, "longest_edge": pixels}, patch_size=patch, merge_size=2
@@ -131,24 +127,19 @@ def qwen(model_type: str, words: Any, patch: int, text: dict, vision: dict, tie:
         kind, videos = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor()
     else:
         kind, videos = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor()
-    config = AutoConfig.for_model(
+    eyes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": patch, "out_hidden_size": 64}
+    made = config(
         model_type,
-        text_config={**TEXT, "vocab_size": len(words) + 16, "tie_word_embeddings": tie, **text},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": patch,
-            "out_hidden_size": 64,
-            **vision,
-        },
+        words,
+        {"tie_word_embeddings": tie, **text},
+        eyes | vision,
         tie_word_embeddings=tie,
-        image_token_id=number("<|image_pad|>"),
-        video_token_id=number("<|video_pad|>"),
-        vision_start_token_id=number("<|vision_start|>"),
-        vision_end_token_id=number("<|vision_end|>"),
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        vision_start_token_id=words.vision_bos_token_id,
+        vision_end_token_id=words.vision_eos_token_id,
     )
-    return kind(images, words, videos, chat_template=words.chat_template), config
+    return kind(images, words, videos, chat_template=words.chat_template), made
 
 
 def rope(*sections: int, interleaved: bool = True, **more: float) -> dict:
@@ -202,23 +193,20 @@ def qwen3_5() -> Family:
 
 
 def paligemma(**text: Any) -> Family:
-    words = tokenizer(
-        None, named={"image_token": "<image>"}, add_bos=True, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    words = tokenizer(None, named={"image_token": "<image>"}, add_bos=True, **GEMMA)
     images = transformers.SiglipImageProcessor(size=SQUARE)
     images.image_seq_length = PATCHES
     processor = transformers.PaliGemmaProcessor(images, words)  # adds its location and segment tokens
-    size = len(processor.tokenizer) + 16
-    config = AutoConfig.for_model(
+    return processor, config(
         "paligemma",
-        text_config={**TEXT, **text, "vocab_size": size},
-        vision_config={**SIGLIP, "projection_dim": 64},
+        processor.tokenizer,
+        text,
+        {**SIGLIP, "projection_dim": 64},
         image_token_index=words.convert_tokens_to_ids("<image>"),
         projection_dim=64,
         hidden_size=64,
-        vocab_size=size,
+        vocab_size=len(processor.tokenizer) + 16,
     )
-    return processor, config
 
 
 @family
@@ -240,39 +228,23 @@ def gemma_template(opens: str, closes: str, image: str) -> str:
 @family
 def gemma3() -> Family:
     form = gemma_template("<start_of_turn>", "<end_of_turn>", "<start_of_image>")
-    words = tokenizer(
-        form,
-        "<start_of_turn>",
-        "<end_of_turn>",
-        named={
-            "image_token": "<image_soft_token>",
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-        },
-        add_bos=True,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-    )
-    processor = transformers.Gemma3Processor(
-        transformers.Gemma3ImageProcessor(size=SQUARE), words, chat_template=form, image_seq_length=4
-    )
-    config = AutoConfig.for_model(
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    words = tokenizer(form, "<start_of_turn>", "<end_of_turn>", named=named, add_bos=True, **GEMMA)
+    images = transformers.Gemma3ImageProcessor(size=SQUARE)
+    return transformers.Gemma3Processor(images, words, chat_template=form, image_seq_length=4), config(
         "gemma3",
-        text_config={
-            **TEXT,
-            "vocab_size": len(words) + 16,
+        words,
+        {
             "query_pre_attn_scalar": 16,
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
-        vision_config=SIGLIP,
+        SIGLIP,
         mm_tokens_per_image=4,
         boi_token_index=words.boi_token_id,
         eoi_token_index=words.eoi_token_id,
         image_token_index=words.image_token_id,
     )
-    return processor, config
 
 
 @family
@@ -280,8 +252,7 @@ def gemma4() -> Family:
     form = gemma_template("<|turn>", "<turn|>", "<|image|>")
     named = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
     named |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    words = tokenizer(form, "<|turn>", "<turn|>", named=named, add_bos=True, **special)
+    words = tokenizer(form, "<|turn>", "<turn|>", named=named, add_bos=True, **GEMMA)
     processor = transformers.Gemma4Processor(
         transformers.Gemma4AudioFeatureExtractor(),
         transformers.Gemma4ImageProcessor(patch_size=16, pooling_kernel_size=2, max_soft_tokens=70),
@@ -290,21 +261,19 @@ def gemma4() -> Family:
         chat_template=form,
         image_seq_length=70,
     )
-    size = len(words) + 16
-    config = AutoConfig.for_model(
+    return processor, config(
         "gemma4",
-        text_config={
-            **TEXT,
+        words,
+        {
             "num_hidden_layers": 4,
-            "vocab_size": size,
-            "vocab_size_per_layer_input": size,
+            "vocab_size_per_layer_input": len(words) + 16,
             "hidden_size_per_layer_input": 8,
             "sliding_window": 64,
             "global_head_dim": 16,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 0,
         },
-        vision_config={
+        {
             **VISION,
             "num_key_value_heads": 2,
             "head_dim": 16,
@@ -319,7 +288,6 @@ def gemma4() -> Family:
         audio_token_id=words.audio_token_id,
         video_token_id=processor.video_token_id,
     )
-    return processor, config
 
 
 # ------------------------------------------------------------------------------------------------------------- Kosmos-2
@@ -327,12 +295,11 @@ def gemma4() -> Family:
 
 @family
 def kosmos2() -> Family:
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    words = tokenizer(None, named={}, add_bos=True, **special)
+    words = tokenizer(None, named={}, add_bos=True, **LLAMA, unk_token="<unk>")
     images = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE)
     processor = transformers.Kosmos2Processor(images, words, num_patch_index_tokens=4)
     # The picture's places take the 64 ids after <unk>, whatever they are; 64 is the processor's constant.
-    config = AutoConfig.for_model(
+    return processor, AutoConfig.for_model(
         "kosmos-2",
         text_config={
             "vocab_size": len(processor.tokenizer) + 80,
@@ -344,10 +311,9 @@ def kosmos2() -> Family:
             "bos_token_id": words.bos_token_id,
             "eos_token_id": words.eos_token_id,
         },
-        vision_config={**VISION, "patch_size": 14, "image_size": SIDE},
+        vision_config=PATCHED,
         latent_query_num=64,
     )
-    return processor, config
 
 
 # ----------------------------------------------------------------------------------------- InternVL, SmolVLM, Idefics3
@@ -362,7 +328,7 @@ def internvl() -> Family:
         "video_token": "<video>",
     }
     form = chatml("<IMG_CONTEXT>\n")
-    words = tokenizer(form, "<|im_start|>", named=named, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    words = tokenizer(form, "<|im_start|>", named=named, **CHATML)
     processor = transformers.InternVLProcessor(
         transformers.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=12),
         words,
@@ -370,15 +336,15 @@ def internvl() -> Family:
         image_seq_length=4,
         chat_template=form,
     )
-    config = AutoConfig.for_model(
+    return processor, config(
         "internvl",
-        text_config={"model_type": "qwen3", **TEXT, "vocab_size": len(words) + 16, "tie_word_embeddings": False},
-        vision_config={**VISION, "image_size": [SIDE, SIDE], "patch_size": [14, 14]},
+        words,
+        {"model_type": "qwen3", "tie_word_embeddings": False},
+        {**VISION, "image_size": [SIDE, SIDE], "patch_size": [14, 14]},
         image_token_id=words.context_image_token_id,
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-    return processor, config
 
 
 def idefics(model_type: str, processor: Any, images: Any, **parts: Any) -> Family:
@@ -399,27 +365,16 @@ def idefics(model_type: str, processor: Any, images: Any, **parts: Any) -> Famil
         pad_token="<|endoftext|>",
     )
     side = {"longest_edge": SIDE}
-    made = processor(
-        images(size=side, max_image_size=side, do_image_splitting=True),
-        words,
-        image_seq_len=4,
-        chat_template=form,
-        **parts,
-    )
-    config = AutoConfig.for_model(
+    pictures = images(size=side, max_image_size=side, do_image_splitting=True)
+    return processor(pictures, words, image_seq_len=4, chat_template=form, **parts), config(
         model_type,
-        text_config={
-            "model_type": "llama",
-            **TEXT,
-            "vocab_size": len(words) + 16,
-            "pad_token_id": words.pad_token_id,
-        },
-        vision_config={**VISION, "image_size": SIDE, "patch_size": 14},
+        words,
+        {"model_type": "llama", "pad_token_id": words.pad_token_id},
+        PATCHED,
         image_token_id=words.image_token_id,
         scale_factor=2,
         pad_token_id=words.pad_token_id,
     )
-    return made, config
 
 
 @family
@@ -437,15 +392,10 @@ def idefics3() -> Family:
 # ------------------------------------------------------------------------------------------ LLaVA, GLM, Mistral, Molmo2
 
 
-def without(*names: str) -> dict:
-    return {name: value for name, value in TEXT.items() if name not in names}
-
-
 @family
 def llava() -> Family:
     form = template("'USER: '", "<image>\\n", " ", "ASSISTANT:")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    words = tokenizer(form, named={"image_token": "<image>"}, add_bos=True, **special)
+    words = tokenizer(form, named={"image_token": "<image>"}, add_bos=True, **LLAMA)
     processor = transformers.LlavaProcessor(
         transformers.LlavaImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE),
         words,
@@ -454,20 +404,15 @@ def llava() -> Family:
         num_additional_image_tokens=1,
         chat_template=form,
     )
-    config = AutoConfig.for_model(
-        "llava",
-        text_config={"model_type": "llama", **TEXT, "vocab_size": len(words) + 16},
-        vision_config={"model_type": "clip_vision_model", **VISION, "image_size": SIDE, "patch_size": 14},
-        image_token_index=words.image_token_id,
-    )
-    return processor, config
+    vision = {"model_type": "clip_vision_model", **PATCHED}
+    return processor, config("llava", words, {"model_type": "llama"}, vision, image_token_index=words.image_token_id)
 
 
 @family
 def llava_onevision() -> Family:
     form = chatml("<image>\\n")
     named = {"image_token": "<image>", "video_token": "<video>"}
-    words = tokenizer(form, "<|im_start|>", named=named, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    words = tokenizer(form, "<|im_start|>", named=named, **CHATML)
     tiles = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, 2 * SIDE]]
     processor = transformers.LlavaOnevisionProcessor(
         transformers.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=tiles),
@@ -477,15 +422,15 @@ def llava_onevision() -> Family:
         vision_feature_select_strategy="full",
         chat_template=form,
     )
-    config = AutoConfig.for_model(
+    return processor, config(
         "llava_onevision",
-        text_config={"model_type": "qwen2", **without("head_dim"), "vocab_size": len(words) + 16},
-        vision_config=SIGLIP,
+        words,
+        {"model_type": "qwen2"},
+        SIGLIP,
         image_token_index=words.image_token_id,
         video_token_index=words.video_token_id,
         image_grid_pinpoints=tiles,
     )
-    return processor, config
 
 
 @family
@@ -509,27 +454,18 @@ def glm(model_type: str, processor: Any, images: Any, videos: Any) -> Family:
         start="[gMASK]<sop>",
     )
     named = {"image_token": "<|image|>", "video_token": "<|video|>"}
-    named |= {"boi": "<|begin_of_image|>", "eoi": "<|end_of_image|>"}
-    named |= {"bov": "<|begin_of_video|>", "eov": "<|end_of_video|>"}
+    named |= {"boi_token": "<|begin_of_image|>", "eoi_token": "<|end_of_image|>"}
+    named |= {"bov_token": "<|begin_of_video|>", "eov_token": "<|end_of_video|>"}
     more = ("[gMASK]", "<sop>", "<|assistant|>")
     words = tokenizer(form, *more, named=named, eos_token="<|user|>", pad_token="<|endoftext|>")
-    number = words.convert_tokens_to_ids
     pixels = 2 * SIDE**2  # counted over the two frames that a picture is doubled to
-    made = processor(
-        images(size={"shortest_edge": pixels, "longest_edge": pixels}, patch_size=14, merge_size=2),
-        words,
-        videos(),
-        chat_template=form,
-    )
-    config = AutoConfig.for_model(
+    pictures = images(size={"shortest_edge": pixels, "longest_edge": pixels}, patch_size=14, merge_size=2)
+    turns = rope(2, 1, 1, interleaved=False, partial_rotary_factor=0.5)
+    return processor(pictures, words, videos(), chat_template=form), config(
         model_type,
-        text_config={
-            "model_type": "glm4v_text",
-            **without("head_dim"),
-            "vocab_size": len(words) + 16,
-            **rope(2, 1, 1, interleaved=False, partial_rotary_factor=0.5),
-        },
-        vision_config={
+        words,
+        {"model_type": "glm4v_text", **turns},
+        {
             "model_type": "glm4v_vision",
             "depth": 2,
             "hidden_size": 32,
@@ -540,14 +476,13 @@ def glm(model_type: str, processor: Any, images: Any, videos: Any) -> Family:
             "out_hidden_size": 64,
             "spatial_merge_size": 2,
         },
-        image_token_id=number("<|image|>"),
-        video_token_id=number("<|video|>"),
-        image_start_token_id=number("<|begin_of_image|>"),
-        image_end_token_id=number("<|end_of_image|>"),
-        video_start_token_id=number("<|begin_of_video|>"),
-        video_end_token_id=number("<|end_of_video|>"),
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        image_start_token_id=words.boi_token_id,
+        image_end_token_id=words.eoi_token_id,
+        video_start_token_id=words.bov_token_id,
+        video_end_token_id=words.eov_token_id,
     )
-    return made, config
 
 
 @family
@@ -555,48 +490,29 @@ def mistral3() -> Family:
     form = template(
         "'[INST]' if message.role == 'user' else '[SYSTEM]'", "[IMG]", "[/INST]", "", start="{{ bos_token }}"
     )
-    words = tokenizer(
-        form,
-        "[INST]",
-        "[/INST]",
-        named={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
-        add_bos=True,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
-    processor = transformers.PixtralProcessor(
-        transformers.PixtralImageProcessor(size={"longest_edge": SIDE}, patch_size={"height": 28, "width": 28}),
-        words,
-        patch_size=14,
-        spatial_merge_size=2,
-        chat_template=form,
-    )
-    config = AutoConfig.for_model(
+    named = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+    words = tokenizer(form, "[INST]", "[/INST]", named=named, add_bos=True, **LLAMA, unk_token="<unk>")
+    images = transformers.PixtralImageProcessor(size={"longest_edge": SIDE}, patch_size={"height": 28, "width": 28})
+    return transformers.PixtralProcessor(
+        images, words, patch_size=14, spatial_merge_size=2, chat_template=form
+    ), config(
         "mistral3",
-        text_config={"model_type": "ministral3", **TEXT, "vocab_size": len(words) + 16, "sliding_window": None},
-        vision_config={"model_type": "pixtral", **VISION, "image_size": SIDE, "patch_size": 14, "head_dim": 16},
+        words,
+        {"model_type": "ministral3", "sliding_window": None},
+        {"model_type": "pixtral", **PATCHED, "head_dim": 16},
         image_token_index=words.image_token_id,
         spatial_merge_size=2,
         vision_feature_layer=-1,
     )
-    return processor, config
 
 
 @family
 def molmo2() -> Family:
     form = chatml("<|image|>")
     parts = ("im_start", "im_end", "im_patch", "im_col", "low_res_im_start", "frame_start", "frame_end", "im_low")
-    words = tokenizer(
-        form,
-        "<|im_start|>",
-        *(f"<{part}>" for part in parts),
-        named={"image_token": "<|image|>", "video_token": "<|video|>"},
-        bos_token="<|im_end|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
+    named = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    more = ("<|im_start|>", *(f"<{part}>" for part in parts))
+    words = tokenizer(form, *more, named=named, bos_token="<|im_end|>", **CHATML)
     processor = transformers.Molmo2Processor(
         transformers.Molmo2ImageProcessor(size=SQUARE, patch_size=14, pooling_size=[2, 2], overlap_margins=[0, 0]),
         transformers.Molmo2VideoProcessor(),
@@ -605,17 +521,11 @@ def molmo2() -> Family:
     )
     number = words.convert_tokens_to_ids
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    config = AutoConfig.for_model(
+    return processor, config(
         "molmo2",
-        text_config={**TEXT, "vocab_size": len(words) + 8, "additional_vocab_size": 8},
-        vision_config={
-            **VISION,
-            **heads,
-            "num_hidden_layers": 3,
-            "image_size": [SIDE, SIDE],
-            "patch_size": 14,
-            "num_position_embeddings": PATCHES,
-        },
+        words,
+        {"vocab_size": len(words) + 8, "additional_vocab_size": 8},
+        {**PATCHED, **heads, "num_hidden_layers": 3, "image_size": [SIDE, SIDE], "num_position_embeddings": PATCHES},
         adapter_config={
             **heads,
             "hidden_size": 32,
@@ -631,4 +541,3 @@ def molmo2() -> Family:
         frame_start_token_id=number("<frame_start>"),
         frame_end_token_id=number("<frame_end>"),
     )
-    return processor, config
