@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 QWEN25_VISION = {
     "depth": 32,
@@ -113,14 +113,18 @@ CONFIGS = {
 """Hub id -> the values of its ``config.json`` that decide the shapes."""
 
 
+def config(name: str) -> PretrainedConfig:
+    values = dict(CONFIGS[name])
+    return AutoConfig.for_model(values.pop("kind"), **values)
+
+
 def on_meta(name: str) -> PreTrainedModel:
     """A model of this size whose parameters hold no numbers."""
-    values = dict(CONFIGS[name])
-    config = AutoConfig.for_model(values.pop("kind"), **values)
+    values = config(name)
     # Kosmos-2's class with a head has no model below it that could be run without the head.
-    auto = AutoModel if config.model_type == "kosmos-2" else AutoModelForImageTextToText
+    auto = AutoModel if values.model_type == "kosmos-2" else AutoModelForImageTextToText
     with torch.device("meta"):
-        return auto.from_config(config)
+        return auto.from_config(values)
 
 
 built = cache(on_meta)

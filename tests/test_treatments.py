@@ -8,8 +8,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import tiny_families
 from fake_sim import CONVENTION
-from full_size import CONFIGS, built
+from full_size import CONFIGS, built, on_meta
 from vlm4vla.backbones import adapters, tiny, treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import Backbone, parameters_hash, save_vlm
@@ -118,18 +119,26 @@ def trained_on(folder, spec, images):
 def test_a_policy_with_adapters_keeps_them_as_adapters_and_acts_the_same_when_opened(folder, images, tmp_path):
     policy = trained_on(folder, spec_of(COMPOSED, backbone=str(folder)), images)
     policy.save(tmp_path)
-    vla, look = policy.vla, Observation({"main": images[0]}, TEXTS[0])
+    look = Observation({"main": images[0]}, TEXTS[0])
     chunk = policy.predict([look])[0].actions
     assert np.array_equal(Policy.load(tmp_path).predict([look])[0].actions, chunk)
     assert not (tmp_path / "vlm").exists(), "the VLM is kept where it is"
-    inputs = vla.backbone.encode(images, TEXTS)
-    hidden = vla.backbone(inputs)
 
-    base, _ = load_vlm(str(folder))
-    base.load_state_dict(adapters.merged(vla.backbone.vlm))
-    whole = Backbone(base, vla.backbone.processor).eval()
-    whole.query.data = vla.backbone.query.data
-    torch.testing.assert_close(whole(inputs), hidden, atol=1e-5, rtol=1e-5)
+
+def test_adapters_of_a_packed_vision_tower_are_merged():
+    """Its configuration names an attention of ours, from which transformers makes no new model."""
+    torch.manual_seed(0)
+    vlm, processor = tiny_families.draw("qwen3_vl")
+    names = set(vlm.state_dict())
+    backbone = Backbone(treatments.treat(vlm, TREATMENTS["lora"]), processor)
+    with torch.no_grad():
+        for name, parameter in vlm.named_parameters():
+            parameter.normal_(0, 0.1) if adapters.is_adapter(name) else None
+    inputs = backbone.encode(np.full((2, 64, 64, 3), 100, np.uint8), TEXTS)
+    hidden = backbone(inputs)
+    adapters.merge(vlm)
+    assert set(vlm.state_dict()) == names
+    torch.testing.assert_close(backbone(inputs), hidden, atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images, tmp_path):
@@ -242,6 +251,16 @@ def test_a_composed_treatment_has_a_run_id_of_its_name_and_content():
     assert RunSpec(treatment="scratch").run_id == "scratch-s0-572b359bcf"
     spec = spec_of(COMPOSED)
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_what_gets_no_adapter_is_said():
+    vlm = treatments.treat(on_meta("Qwen/Qwen3-VL-30B-A3B-Instruct"), TREATMENTS["lora"])
+    parts = treatments.groups(vlm)
+    experts = adapters.without(parts["llm"])
+    assert set(experts) == {"experts.gate_up_proj", "experts.down_proj", "gate.weight"}
+    assert experts["experts.gate_up_proj"] == 48 * 128 * 2 * 768 * 2048
+    assert set(adapters.without(parts["vision"])) == {"proj.weight", "pos_embed.weight"}
+    assert adapters.without(parts["projector"]) == {}
 
 
 BILLIONS = {  # arXiv 2601.03309, main table

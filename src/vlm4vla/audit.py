@@ -112,5 +112,5 @@ def text(audits: Mapping[str, Audit]) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {number:,}" for name, number in value.items())
+        return ", ".join(f"{name} {number:,}" for name, number in value.items()) or "none"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -26,7 +26,7 @@ from vlm4vla import __version__, hub
 from vlm4vla.backbones import adapters, treatments
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_vlm
-from vlm4vla.backbones.vlm import Backbone, auto_class, parameters_hash, save_vlm
+from vlm4vla.backbones.vlm import Backbone, parameters_hash, save_vlm
 from vlm4vla.convention import Convention
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
@@ -156,10 +156,7 @@ class Policy:
 
     def merge(self) -> None:
         """Add what adapters add to the weights below them: ``save`` then writes a whole VLM. Equal up to rounding."""
-        vlm = self.vla.backbone.vlm
-        whole = auto_class(vlm.config).from_config(vlm.config, dtype=vlm.dtype).to(self.device)
-        whole.load_state_dict(adapters.merged(vlm))
-        self.vla.backbone.vlm = whole.eval()
+        adapters.merge(self.vla.backbone.vlm)
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu", backbone: str | None = None) -> "Policy":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm4vla.audit import Audit
-from vlm4vla.backbones import treatments
+from vlm4vla.backbones import adapters, treatments
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_config, load_processor
 from vlm4vla.backbones.show import num_visual_tokens
@@ -87,6 +87,12 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
     }
     sizes = {
         "example": f"{INSTRUCTION!r} -> {len(ids)} positions, the last one the query",
+        "without_adapter": {
+            f"{name} {end}": number
+            for name, group in spec.treated.groups().items()
+            if group.mode == "lora"
+            for end, number in adapters.without(treatments.groups(vlm)[name]).items()
+        },
         "token_ids": ids[:-1],
         "trained": {name: values["trained"] for name, values in counts.items()} | {"head": new},
         "frozen": {name: values["frozen"] for name, values in counts.items()},

@@ -50,6 +50,7 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, f
     floor_s = flops * training.batch_size * training.steps / rate / processes
     lines = [
         *(f"{name:<16} {_parameters(name, sizes)}" for name in sizes["trained"]),
+        *(f"{'without adapter':<16} {name} {number:,}" for name, number in sizes["without_adapter"].items()),
         f"{'steps':<16} {training.steps:,} of {training.batch_size} samples"
         + (f" ({training.steps * training.batch_size / frames:.1f} times the data)" if frames else ""),
         f"{'processes':<16} {processes}, each {samples} samples at a time, {runtime.accumulate} time(s) a step",
