@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_config, load_processor
 from vlm4vla.backbones.vlm import auto_class
 from vlm4vla.convention import Convention
@@ -28,7 +27,7 @@ from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.write import Episode, write
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.metrics import read_metrics
-from vlm4vla.policy import VLA, Policy, torch_device
+from vlm4vla.policy import VLA, Policy, torch_device, untrained
 from vlm4vla.sims.grinningface.env import CONVENTION
 from vlm4vla.spec import DataSpec, RunSpec, Runtime, TrainSpec
 from vlm4vla.training.examine import audit
@@ -56,7 +55,7 @@ def drawn(spec: RunSpec, actions: np.ndarray, image_size: int, device: torch.dev
     torch.manual_seed(0)
     with torch.device(device):
         vlm = auto_class(config).from_config(config, dtype=torch.float32)
-        vla = VLA(treatments.treat(vlm, spec.treated), processor, spec, 0)
+        vla = untrained(vlm, processor, spec)
     return Policy(vla, spec, CONVENTION, Normalizer.fit(actions), None, image_size, {})
 
 

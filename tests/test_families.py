@@ -12,8 +12,9 @@ pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[t
 import tiny_families
 from vlm4vla.backbones.check import Check
 from vlm4vla.backbones.families import FAMILIES, family
-from vlm4vla.backbones.vlm import Backbone, save_vlm
+from vlm4vla.backbones.vlm import Backbone, auto_class, save_vlm
 from vlm4vla.errors import UserError
+from vlm4vla.training.processes import receive
 
 SIZE = 64
 """Not the side the families are made for: pictures have to be resized."""
@@ -42,6 +43,22 @@ def test_a_family_keeps_the_adapters_promises(name):
 def test_a_family_learns_eight_samples_by_heart(name):
     ok, detail = Check(drawn(name), SIZE).memorises()
     assert ok, detail
+
+
+@pytest.mark.parametrize("name", each())
+def test_a_process_that_read_no_weight_receives_all_that_the_forward_pass_needs(name, monkeypatch):
+    backbone, sent = drawn(name), []
+    processor, config = tiny_families.FAMILIES[name]()
+    with torch.device("meta"):
+        blank = Backbone(auto_class(config).from_config(config, dtype=torch.float32), processor).eval()
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda value, source: sent.append(value.clone()))
+    receive(backbone, torch.device("cpu"), 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda value, source: value.copy_(sent.pop(0)))
+    receive(blank, torch.device("cpu"), 2)
+    assert not sent
+    inputs = backbone.encode(np.full((2, SIZE, SIZE, 3), 100, np.uint8), ["push", "pull it"])
+    with torch.no_grad():
+        assert torch.equal(blank(inputs), backbone(inputs))
 
 
 def test_every_row_is_tried():

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -102,7 +104,12 @@ def run(job, out, stop=None, **changes):
             os._exit(9)  # as a kill: nothing is put in order
         return original(self, batch)
 
+    def unread(name):
+        raise AssertionError(f"{name} is read by more than the first process")
+
     with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("RANK", "0") != "0":
+            patch.setattr(imitation, "load_vlm", unread)
         patch.setattr(loop, "LOG_EVERY", 1)
         patch.setattr(imitation.Imitation, "loss", loss)
         imitation.train(spec, demos, out, QUIET.model_copy(update=changes))
@@ -116,11 +123,12 @@ def alone(job, tmp_path_factory):
 
 
 def assert_same(a, b):
-    """Losses and gradient norms of every step, and the policies."""
+    """Losses and gradient norms of every step (or their means, where one row was written), and the policies."""
     for name in ("loss", "loss_pose", "grad_norm"):
-        values = [[row[name] for row in read_metrics(out / "metrics.jsonl")] for out in (a, b)]
-        assert len(values[0]) == STEPS
-        np.testing.assert_allclose(values[0], values[1], rtol=1e-4, atol=2e-6)  # six digits are written
+        first, second = ([row[name] for row in read_metrics(out / "metrics.jsonl")] for out in (a, b))
+        assert len(first) == STEPS
+        first = [np.mean(first)] if len(second) == 1 else first
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=2e-6)  # six digits are written
     for file in ("action.safetensors", "vlm/model.safetensors"):
         first, second = (load_file(out / "policy" / file) for out in (a, b))
         assert first.keys() == second.keys()
@@ -157,6 +165,30 @@ def test_killed_it_goes_on_with_another_number_of_processes(job, alone, tmp_path
     assert len(list(parts.glob("checkpoint*.safetensors"))) == (before if shard else 1)
     assert launched(after, job, parts, shard=shard) == [0] * after
     assert_same(tmp_path / "alone", parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --nproc-per-node 2 --master-port {port} --no-python vlm4vla",
+        "accelerate.commands.launch --cpu --num_processes 2 --main_process_port {port} -m vlm4vla.cli",
+    ],
+    ids=["torchrun", "accelerate"],
+)
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp2"])
+def test_the_launchers_of_the_docs_train_what_one_process_trains(job, alone, tmp_path, launcher, shard):
+    spec, demos = job
+    values = spec.model_dump(mode="json", exclude={"data"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    verb = ["train", tmp_path / "run.yaml", "--data", demos, "--out", tmp_path / "out", "--device", "cpu", *shard]
+    command = [sys.executable, "-m", *launcher.format(port=free_port()).split(), *map(str, verb)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("next: vlm4vla eval") == 1
+    assert_same(alone, tmp_path / "out")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(job, tmp_path):

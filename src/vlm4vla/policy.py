@@ -62,6 +62,18 @@ class VLA(nn.Module):
         return {name: p for name, p in self.named_parameters() if not name.startswith(VLM)}
 
 
+def untrained(vlm: PreTrainedModel, processor: Processor, spec: RunSpec, state_size: int = 0) -> VLA:
+    """The policy of ``spec`` under its treatment, before its first step. ``vlm`` itself may be changed.
+
+    Raises:
+        UserError: see ``treatments.treat``.
+    """
+    vla = VLA(treatments.treat(vlm, spec.treated), processor, spec, state_size)
+    for parameter in vla.new_parameters().values():
+        parameter.requires_grad_(spec.treated.head.mode == "trained")
+    return vla
+
+
 class Policy:
     """A trained VLA with everything needed to act: observations -> action chunks in native units."""
 

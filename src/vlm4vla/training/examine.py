@@ -20,7 +20,7 @@ from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_config, load_processor
 from vlm4vla.backbones.show import num_visual_tokens
 from vlm4vla.backbones.vlm import auto_class
-from vlm4vla.policy import VLA
+from vlm4vla.policy import VLA, untrained
 from vlm4vla.spec import RunSpec, TreatmentSpec
 
 INSTRUCTION = "pick up the red block and place it on the table"
@@ -42,15 +42,12 @@ def examine(spec: RunSpec, image_size: int) -> Audit:
     return audit(*on_meta(spec), spec, image_size)
 
 
-def on_meta(spec: RunSpec) -> tuple[VLA, Processor]:
-    """The policy of ``spec`` under its treatment, without a number in it."""
+def on_meta(spec: RunSpec, state_size: int = 0) -> tuple[VLA, Processor]:
+    """The policy of ``spec`` before its first step, without a number in it."""
     config, processor = load_config(spec.backbone), load_processor(spec.backbone)
     with torch.device("meta"):
-        vlm = treatments.treat(auto_class(config).from_config(config), spec.treated)
-        vla = VLA(vlm, processor, spec, 0)  # the robot's state is a handful of numbers
-    for parameter in vla.new_parameters().values():
-        parameter.requires_grad_(spec.treated.head.mode == "trained")
-    return vla, processor
+        vlm = auto_class(config).from_config(config, dtype=torch.float32)
+        return untrained(vlm, processor, spec, state_size), processor
 
 
 def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Audit:
@@ -87,15 +84,15 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
     }
     sizes = {
         "example": f"{INSTRUCTION!r} -> {len(ids)} positions, the last one the query",
+        "token_ids": ids[:-1],
+        "trained": {name: values["trained"] for name, values in counts.items()} | {"head": new},
+        "frozen": {name: values["frozen"] for name, values in counts.items()},
         "without_adapter": {
             f"{name} {end}": number
             for name, group in spec.treated.groups().items()
             if group.mode == "lora"
             for end, number in adapters.without(treatments.groups(vlm)[name]).items()
         },
-        "token_ids": ids[:-1],
-        "trained": {name: values["trained"] for name, values in counts.items()} | {"head": new},
-        "frozen": {name: values["frozen"] for name, values in counts.items()},
         "forward_gflop": round((sum(work.values()) + head) / 1e9, 4),
         "training_gflop": round((training_flops(work, spec.treated) + 3 * head) / 1e9, 4),
         "states_gib": round(states_bytes(vla, bool(training.ema)) / GIB, 3),

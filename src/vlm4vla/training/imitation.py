@@ -18,10 +18,10 @@ from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.windows import windows
 from vlm4vla.heads.mlp import action_loss
-from vlm4vla.policy import VLA, Policy, versions
+from vlm4vla.policy import VLA, Policy, untrained, versions
 from vlm4vla.spec import RunSpec, Runtime, content_hash
 from vlm4vla.training import memory
-from vlm4vla.training.examine import audit
+from vlm4vla.training.examine import audit, on_meta
 from vlm4vla.training.forecast import gib_needed
 from vlm4vla.training.loop import fit
 
@@ -86,13 +86,8 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     torch.set_num_threads(runtime.threads)
     dataset = Dataset.open(data_folder)
     recorded_size = dataset.camera_size("main")
-    vlm, processor = load_vlm(spec.backbone)
-    backbone_hash = parameters_hash(vlm)
-    torch.manual_seed(spec.seed)
-    vlm = treatments.treat(vlm, spec.treated)
-    vla = VLA(vlm, processor, spec, dataset.states.shape[1] if spec.proprioception else 0)
-    for parameter in vla.new_parameters().values():
-        parameter.requires_grad_(spec.treated.head.mode == "trained")
+    vla, backbone_hash = _begin(spec, dataset.states.shape[1] if spec.proprioception else 0)
+    vlm, processor = vla.backbone.vlm, vla.backbone.processor
     actions = Normalizer.fit(dataset.actions, mode=spec.head.normalize, bound=spec.head.bound)
     card = {
         "run_id": spec.run_id,
@@ -121,3 +116,17 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     samples = spec.training.batch_size // processes
     with memory.told(lambda: gib_needed(vla, audited.sizes, runtime, processes), samples, runtime):
         fit(Imitation(policy, dataset, runtime.cache), spec.training, spec.seed, out, runtime, identity)
+
+
+def _begin(spec: RunSpec, state_size: int) -> tuple[VLA, str]:
+    """The policy before its first step, and the hash of its VLM's weights.
+
+    Of several processes only the first reads weights, or the machine's memory would have to hold them that often; the
+    others have neither until ``processes.place``.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return on_meta(spec, state_size)[0], ""
+    vlm, processor = load_vlm(spec.backbone)
+    backbone_hash = parameters_hash(vlm)
+    torch.manual_seed(spec.seed)
+    return untrained(vlm, processor, spec, state_size), backbone_hash

@@ -79,7 +79,8 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
     may change from one start to the next.
 
     Args:
-        identity: what this training is of; a checkpoint or policy of another one in ``out`` is refused.
+        identity: what this training is of; a checkpoint or policy of another one in ``out`` is refused. That of the
+            first process counts, as do the weights of its module: in the others it may be on ``meta``.
 
     Raises:
         UserError: loss, gradient or weights are not finite (the batch is saved), ``out`` belongs to another run, or
@@ -88,7 +89,7 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
     accelerator = _accelerator(torch_device(runtime.device), spec, runtime, out)
     alone = locked(out / "training.lock", "training") if accelerator.is_main_process else nullcontext()
     with alone:
-        accelerator.wait_for_everyone()
+        identity = processes.first_says(accelerator, identity)
         if (out / "policy").is_dir():
             _require_same(out, identity)
         else:
@@ -130,9 +131,7 @@ def _fit(
     mine = range(rank * runtime.accumulate, (rank + 1) * runtime.accumulate)
     if runtime.trackers:
         accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
-    objective.module.to(device)
-    if runtime.shard:
-        processes.shard(objective.module, device, accelerator.num_processes, spec.precision == "bf16")
+    processes.place(objective.module, accelerator, runtime.shard, spec.precision == "bf16")
     model = accelerator.prepare_model(Step(objective), evaluation_mode=runtime.shard)  # evaluation: no DDP around it
     groups, fused = objective.parameter_groups(), True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=fused)

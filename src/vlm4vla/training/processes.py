@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -22,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 AHEAD = 2
 """Batches that are made while the device works on the present one."""
+TEXT_BYTES = 64
 
 
 def reduce(accelerator: Accelerator, value: Tensor, how: Literal["sum", "mean"]) -> Tensor:
@@ -69,17 +71,49 @@ def ahead(make: Callable[[int], Any], steps: range) -> Iterator[Iterator[Any]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shard(module: nn.Module, device: torch.device, processes: int, half: bool) -> None:
-    """Spread every parameter over the processes (FSDP2), in place; a layer is whole only while it runs.
+def first_says(accelerator: Accelerator, text: str) -> str:
+    """The first process's ``text`` (ASCII, ``TEXT_BYTES`` at most); every process must ask."""
+    data = np.frombuffer(text.encode("ascii").ljust(TEXT_BYTES), np.uint8).copy()
+    said = cast(Tensor, broadcast(torch.from_numpy(data).to(accelerator.device)))
+    return said.cpu().numpy().tobytes().decode("ascii").rstrip()
+
+
+def place(module: nn.Module, accelerator: Accelerator, sharded: bool, half: bool) -> None:
+    """Give every process on its device what the first process holds; in the others ``module`` may be on ``meta``.
 
     Args:
-        half: layers run in bf16, from fp32 shards, with gradients summed in fp32.
+        sharded: every parameter is spread over the processes (FSDP2); a layer is whole only while it runs, and here
+            while it is handed round.
+        half: with ``sharded``, layers run in bf16, from fp32 shards, with gradients summed in fp32.
     """
-    mesh = init_device_mesh(device.type, (processes,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    for part in units(module):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    device, number = accelerator.device, accelerator.num_processes
+    if sharded:
+        mesh = init_device_mesh(device.type, (number,))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+        for part in (*units(module), module):
+            receive(part, device, number)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    else:
+        receive(module, device, number)
+
+
+def receive(module: nn.Module, device: torch.device, number: int) -> None:
+    """Put parameters and buffers on ``device``; with a ``number`` of processes they are the first one's."""
+    if number == 1:
+        module.to(device)
+        return
+    held: dict[int, Tensor] = {}  # a tied one stays one
+    for part in module.modules():
+        for name, value in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if isinstance(value, DTensor):
+                continue
+            if id(value) not in held:
+                data = value.detach()
+                data = torch.empty_like(data, device=device) if data.is_meta else data.to(device).contiguous()
+                torch.distributed.broadcast(data, 0)
+                kept = isinstance(value, nn.Parameter)
+                held[id(value)] = nn.Parameter(data, value.requires_grad) if kept else data
+            setattr(part, name, held[id(value)])
 
 
 def units(module: nn.Module) -> list[nn.Module]:
