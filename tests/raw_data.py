@@ -18,25 +18,32 @@ def picture(number, height, width):
     return np.stack([red, 60 + 120 * columns / width, np.full_like(red, 20 + 10 * (number % 20))], -1).astype(np.uint8)
 
 
-def calvin(folder, segments=((0, 4, "lift the red block"), (3, 6, "open the drawer"), (9, 11, "lift the red block"))):
-    """Frames 0 to the last, of which ``segments`` (first, last, text) are annotated. Returns their rel_actions."""
+def calvin(
+    folder,
+    segments=((0, 4, "lift the red block"), (3, 6, "open the drawer"), (9, 11, "lift the red block")),
+    seen=None,
+):
+    """Frames 0 to the last, of which ``segments`` (first, last, text) are annotated. Returns their rel_actions.
+
+    ``seen``: arrays by name, a row a frame, in the place of those that are made up.
+    """
     rng, frames = np.random.default_rng(0), max(last for _, last, _ in segments) + 1
     (folder / "lang_annotations").mkdir(parents=True)
     actions = rng.uniform(-1, 1, (frames, 7))
     actions[:, 6] = np.where(rng.random(frames) < 0.5, -1, 1)
     for i in range(frames):
-        np.savez(
-            folder / f"episode_{i:07d}.npz",
-            actions=rng.normal(size=7),
-            rel_actions=actions[i],
-            robot_obs=np.full(15, i, float),
-            scene_obs=rng.normal(size=24),
-            rgb_static=picture(i, 200, 200),
-            rgb_gripper=picture(i, 84, 84),
-            rgb_tactile=np.zeros((4, 4, 6), np.uint8),
-            depth_static=np.zeros((4, 4), np.float32),
-            depth_gripper=np.zeros((4, 4), np.float32),
-        )
+        made_up = {
+            "actions": rng.normal(size=7),
+            "rel_actions": actions[i],
+            "robot_obs": np.full(15, i, float),
+            "scene_obs": rng.normal(size=24),
+            "rgb_static": picture(i, 200, 200),
+            "rgb_gripper": picture(i, 84, 84),
+            "rgb_tactile": np.zeros((4, 4, 6), np.uint8),
+            "depth_static": np.zeros((4, 4), np.float32),
+            "depth_gripper": np.zeros((4, 4), np.float32),
+        }
+        np.savez(folder / f"episode_{i:07d}.npz", **made_up | {name: rows[i] for name, rows in (seen or {}).items()})
     annotations = {
         "language": {
             "ann": [text for _, _, text in segments],
@@ -49,8 +56,11 @@ def calvin(folder, segments=((0, 4, "lift the red block"), (3, 6, "open the draw
     return actions
 
 
-def libero(path, actions, task="worded otherwise than the file's name", size=128):
-    """One task's file with a demonstration for each of ``actions`` (T, 7); ``task`` is what its BDDL file says."""
+def libero(path, actions, task="worded otherwise than the file's name", size=128, seen=None):
+    """One task's file with a demonstration for each of ``actions`` (T, 7); ``task`` is what its BDDL file says.
+
+    ``seen``: what stands below ``obs`` in each, by name; made up where there is none.
+    """
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["problem_info"] = json.dumps({"problem_name": "libero", "language_instruction": [f'"{task}"']})
@@ -61,17 +71,15 @@ def libero(path, actions, task="worded otherwise than the file's name", size=128
             demo["states"] = np.zeros((t, 5))
             demo["robot_states"] = np.zeros((t, 9))
             demo["rewards"], demo["dones"] = np.zeros(t), np.zeros(t)
-            pictures = np.stack([picture(f, size, size) for f in range(t)])
-            demo["obs/agentview_rgb"] = pictures[:, ::-1, ::-1]
-            demo["obs/eye_in_hand_rgb"] = pictures[:, ::-1, ::-1]
-            for name, dims in (
-                ("ee_pos", 3),
-                ("ee_ori", 3),
-                ("gripper_states", 2),
-                ("ee_states", 6),
-                ("joint_states", 7),
-            ):
-                demo[f"obs/{name}"] = np.arange(t)[:, None] + np.arange(dims) / 10
+            for name, values in (seen[i] if seen else libero_seen(t, size)).items():
+                demo[f"obs/{name}"] = values
+
+
+def libero_seen(t, size):
+    pictures = np.stack([picture(f, size, size) for f in range(t)])[:, ::-1, ::-1]
+    dims = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2, "ee_states": 6, "joint_states": 7}
+    numbers = {name: np.arange(t)[:, None] + np.arange(width) / 10 for name, width in dims.items()}
+    return {"agentview_rgb": pictures, "eye_in_hand_rgb": pictures, **numbers}
 
 
 def jpeg(image):

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raw_data
 
+from vlm4vla.data.convert import calvin as raw
+from vlm4vla.data.convert.base import convert
+from vlm4vla.data.lerobot import Dataset
 from vlm4vla.sims import calvin, environments
 from vlm4vla.sims.check import check_sim
 from vlm4vla.sims.protocols import protocol
+from vlm4vla.sims.remote import Remote
 from vlm4vla.studies.stats import credit_lines
 from vlm4vla.types import EpisodeResult
 
@@ -111,6 +116,57 @@ def test_an_instruction_counts_when_its_task_is_done_and_cuts_the_chunk():
     assert told[:5] == [0, 8, 1, 1, False]
     assert told[5] == "pull the handle to open the drawer"
     assert told[6] != told[5]
+
+
+RECORDED = """
+import sys
+import numpy as np
+from vlm4vla.sims.calvin import Calvin
+sim = Calvin(renderer="tiny")
+sim.reset(3)
+rng = np.random.default_rng(7)
+actions = np.repeat(rng.uniform(-0.8, 0.8, (10, 7)), 4, 0)  # forty steps that wander
+actions[:, 6] = np.where(np.arange(40) < 25, 1, -1)
+rows = []
+seen = sim._env.get_obs()
+for action in [*actions, actions[-1]]:
+    rows.append({"robot_obs": seen["robot_obs"], "scene_obs": seen["scene_obs"],
+                 "rgb_static": seen["rgb_obs"]["rgb_static"], "rel_actions": action})
+    seen, *_ = sim._env.step(action)  # CALVIN's own: renders at every step
+np.savez(sys.argv[1], **{key: np.stack([row[key] for row in rows]) for key in rows[0]})
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_converted_demonstrations_played_open_loop_reach_the_same_end(tmp_path):
+    """Recorded by CALVIN's own environment in its raw layout, converted, played by our simulator."""
+    command = [environments.interpreter("calvin"), "-c", RECORDED, str(tmp_path / "recorded.npz")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(calvin.__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(tmp_path / "recorded.npz") as file:
+        recorded = dict(file)
+    steps = len(recorded["rel_actions"]) - 1
+    raw_data.calvin(tmp_path / "raw", [(0, steps - 1, "wander")], {key: rows[:-1] for key, rows in recorded.items()})
+    convert(raw.Calvin(tmp_path / "raw"), tmp_path / "out", 1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    sim = Remote("calvin", {"renderer": "tiny"})
+    assert dataset.convention == sim.convention
+    sim.reset(3)
+    start = sim.observe()
+    np.testing.assert_allclose(dataset.states[0], start.state, atol=1e-5)
+    film = dataset.images(np.array([0]))[0].astype(int)
+    assert np.abs(film - start.images["main"]).mean() < 5, "as the simulator shows it, but for the film's losses"
+
+    outcome = sim.execute(dataset.actions)
+    end = sim.observe()
+    sim.close()
+    assert outcome.steps == steps
+    np.testing.assert_allclose(end.state, recorded["robot_obs"][-1], atol=1e-5)
+    assert np.linalg.norm(end.state[:3] - start.state[:3]) > 0.05, "it went somewhere"
+    assert np.abs(recorded["rgb_static"][-1].astype(int) - end.images["main"]).mean() < 0.01
 
 
 @pytest.mark.sim

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raw_data
 
 from vlm4vla.convention import LIBERO
+from vlm4vla.data.convert import libero as raw
+from vlm4vla.data.convert.base import convert
+from vlm4vla.data.lerobot import Dataset
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.rollout import evaluate
 from vlm4vla.sims import environments, libero
@@ -176,6 +180,77 @@ def test_pixels_and_states_are_those_of_an_environment_that_renders_every_step()
     pixels, state, torch = json.loads(done.stdout.splitlines()[-1])
     assert (pixels, torch) == ({"main": 0, "wrist": 0}, False)
     assert state < 1e-6, "float32"
+
+
+RECORDED = """
+import sys
+import numpy as np
+from vlm4vla.sims.libero import Libero, SETTLE_STEPS, axis_angle, initial_states
+sim = Libero()
+name = sim._names[0]
+from libero.libero.envs import OffScreenRenderEnv
+# As LIBERO's demonstrations were made: what is seen before each action; the layout is that of our episode 0.
+np.random.seed(0)
+env = OffScreenRenderEnv(bddl_file_name=str(sim._root / "bddl_files/libero_10" / f"{name}.bddl"),
+                         camera_heights=256, camera_widths=256)
+env.env.object_property_initializers.clear()
+np.random.seed(0)
+env.reset()
+obs = env.set_init_state(initial_states(sim._root / "init_files/libero_10" / f"{name}.pruned_init")[0])
+for _ in range(SETTLE_STEPS):
+    obs, *_ = env.step([0.0] * 6 + [-1.0])
+rng = np.random.default_rng(7)
+actions = np.repeat(rng.uniform(-0.8, 0.8, (10, 7)), 4, 0)  # forty steps that wander
+actions[:20, 2] = -0.7  # down to the table and what stands there
+actions[:, 6] = np.where(np.arange(40) < 25, -1, 1)
+rows = []
+for action in [*actions, None]:
+    rows.append({"agentview_rgb": obs["agentview_image"], "eye_in_hand_rgb": obs["robot0_eye_in_hand_image"],
+                 "ee_pos": obs["robot0_eef_pos"], "ee_ori": axis_angle(obs["robot0_eef_quat"]),
+                 "gripper_states": obs["robot0_gripper_qpos"]})
+    if action is not None:
+        obs, *_ = env.step(action)
+np.savez(sys.argv[1], actions=actions, **{key: np.stack([row[key] for row in rows]) for key in rows[0]})
+"""
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@simulated
+def test_converted_demonstrations_played_open_loop_reach_the_same_end(tmp_path):
+    """Recorded by LIBERO's own environment in its raw layout, converted, played by our simulator."""
+    command = [environments.interpreter("libero"), "-c", RECORDED, str(tmp_path / "recorded.npz")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(libero.__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(tmp_path / "recorded.npz") as file:
+        recorded = dict(file)
+    actions = recorded.pop("actions")
+    named = protocol("libero_10/v1")
+    sim = Remote("libero", named.sim_args)
+    sim.reset(0)
+    start = sim.observe()
+    name = start.instruction.replace(" ", "_")
+    path = tmp_path / f"KITCHEN_SCENE1_{name}_demo.hdf5"
+    raw_data.libero(path, [actions], seen=[{key: rows[:-1] for key, rows in recorded.items()}])
+    convert(raw.Libero(path, keep_noops=True), tmp_path / "out", 1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.convention == sim.convention
+    assert dataset.instructions(np.array([0])) == [start.instruction]
+    np.testing.assert_allclose(dataset.states[0], start.state, atol=1e-6)
+    film = dataset.images(np.array([0]), "main")[0].astype(int)
+    assert np.abs(film - start.images["main"]).mean() < 5, "as the simulator shows it, but for the film's losses"
+    assert np.abs(film[:, ::-1] - start.images["main"]).mean() > 10, "and not mirrored"
+
+    outcome = sim.execute(dataset.actions)
+    end = sim.observe()
+    sim.close()
+    assert outcome.steps == len(actions)
+    last = {key: rows[-1] for key, rows in recorded.items()}
+    state = np.concatenate([last["ee_pos"], last["ee_ori"], last["gripper_states"]])
+    np.testing.assert_allclose(end.state, state, atol=1e-5)
+    assert np.linalg.norm(end.state[:3] - start.state[:3]) > 0.05, "it went somewhere"
+    assert np.abs(last["agentview_rgb"][::-1, ::-1].astype(int) - end.images["main"]).mean() < 0.01
 
 
 @pytest.mark.sim
