@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import raw_data
 
+import raw_data
 from vlm4vla.data.convert import calvin as raw
 from vlm4vla.data.convert.base import convert
 from vlm4vla.data.lerobot import Dataset

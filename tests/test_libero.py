@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import raw_data
 
+import raw_data
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.convert import libero as raw
 from vlm4vla.data.convert.base import convert
