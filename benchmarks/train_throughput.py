@@ -84,7 +84,7 @@ def plain(objective: Imitation, spec: RunSpec, device: torch.device, steps: int)
             started = time.perf_counter()
         batch = make_batch(objective, spec.training, 0, step)
         texts = [inputs_of.prompt(INSTRUCTIONS[i % 3]) for i in range(len(batch["target"]))]
-        inputs = inputs_of.native(list(batch["inputs.images"].numpy()), texts)
+        inputs = inputs_of.native(list(objective.inputs(batch)["images"].numpy()), texts)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with torch.autocast(device.type, dtype, enabled=spec.training.precision == "bf16"):
             pose, gripper = model(inputs)

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from vlm4vla.data.augment import YIQ, crop_and_colour, jitter_and_shift
+from vlm4vla.data.augment import YIQ, CropAndColour, JitterAndShift, augmentation
+from vlm4vla.spec import TrainSpec
 
 NOTHING = {"area": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+
+
+def crop_and_colour(images, rng, **options):
+    augment = CropAndColour(**options)
+    return augment.apply(images, augment.draw(len(images), rng))
 
 
 def pictures(count=4, height=24, width=32):
@@ -85,11 +91,41 @@ def test_hue_turns_by_at_most_its_share_of_the_circle():
 
 
 def test_calvins_recipe_is_a_shift_alone():
-    images = pictures(50, 24, 24).numpy()
-    shifted, moved = jitter_and_shift(images, np.random.default_rng(0), jitter=0, shift=10)
-    offsets = np.rint(moved * 24).astype(int)
+    images, augment = pictures(50, 24, 24), JitterAndShift(jitter=0, shift=10)
+    draws = augment.draw(50, np.random.default_rng(0))
+    shifted, offsets = augment.apply(images, draws).numpy(), draws["shift"].numpy()
     assert offsets.min() == -10
     assert offsets.max() == 10
-    for image, result, (right, down) in zip(images, shifted, offsets, strict=True):
+    for image, result, (right, down) in zip(images.numpy(), shifted, offsets, strict=True):
         padded = np.pad(image, [(10, 10), (10, 10), (0, 0)], mode="edge")
         assert (result == padded[10 - down : 34 - down, 10 - right : 34 - right]).all()
+
+
+def test_jitter_and_shift_is_what_it_was_on_arrays():
+    """Policies trained by earlier versions were trained on these pictures, to the bit."""
+    images, rng = np.random.default_rng(1).integers(0, 256, (20, 24, 24, 3), np.uint8), np.random.default_rng(2)
+    factor = rng.uniform(0.9, 1.1, (20, 1, 1, 1)).astype(np.float32)
+    offset = rng.uniform(-0.1, 0.1, (20, 1, 1, 3)).astype(np.float32) * 255
+    changed = np.clip(images * factor + offset, 0, 255).astype(np.uint8)
+    moved = rng.integers(-3, 4, (20, 2))
+    columns, rows = (np.clip(np.arange(24) - moved[:, i : i + 1], 0, 23) for i in (0, 1))
+    expected = changed[np.arange(20)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    augment = augmentation(TrainSpec(image_jitter=0.1, image_shift=3))
+    made = augment.apply(torch.from_numpy(images), augment.draw(20, np.random.default_rng(2)))
+    assert np.array_equal(made.numpy(), expected)
+
+
+def test_half_precision_of_the_training_does_not_reach_the_pictures():
+    plain = crop_and_colour(pictures(), np.random.default_rng(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(crop_and_colour(pictures(), np.random.default_rng(0)), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_makes_the_same_pictures():
+    for augment, levels in ((JitterAndShift(0.06, 2), 0), (CropAndColour(), 1)):
+        draws = augment.draw(4, np.random.default_rng(0))
+        images = pictures(4, 24, 24)
+        there = augment.apply(images.cuda(), {name: value.cuda() for name, value in draws.items()}).cpu()
+        assert (there.int() - augment.apply(images, draws).int()).abs().max() <= levels

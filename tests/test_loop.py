@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vlm4vla.data.mixture import shuffled
 from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
 from vlm4vla.policy import torch_device
@@ -26,8 +27,6 @@ QUIET = Runtime(device="cpu", progress=False, checkpoint_s=0)
 
 
 class Regression:
-    num_samples = 50
-
     def __init__(self, bad_step: int | None = None, pause: float = 0.0):
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
@@ -37,18 +36,21 @@ class Regression:
     def parameter_groups(self):
         return [{"params": list(self.module.parameters()), "lr_scale": 1.0}]
 
+    def draw(self, positions, seed):
+        return shuffled(50, positions, seed)
+
     def batch(self, indices, rng):
         x = self.data[indices] + rng.normal(scale=0.1, size=(len(indices), 4)).astype(np.float32)
         return {"x": torch.from_numpy(x), "y": torch.from_numpy(x.sum(1, keepdims=True))}
 
-    def loss(self, batch):
+    def loss(self, batch, whole):
         time.sleep(self.pause)
-        loss = (self.module(batch["x"]) - batch["y"]).square().mean()
+        loss = (self.module(batch["x"]) - batch["y"]).square().sum() / whole["rows"]
         self.step += 1
         return loss * (float("nan") if self.step - 1 == self.bad_step else 1.0), {"half": loss.detach() / 2}
 
-    def weight(self, batch):
-        return torch.tensor(len(batch["x"]))
+    def amounts(self, batch):
+        return {"rows": torch.tensor(len(batch["x"]))}
 
     def export(self, folder, state):
         save_file(state, folder / "weights.safetensors")
@@ -82,10 +84,10 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
         pass
 
     class Interrupted(Regression):
-        def loss(self, batch):
+        def loss(self, batch, whole):
             if self.step == 27:
                 raise StopError
-            return super().loss(batch)
+            return super().loss(batch, whole)
 
     with pytest.raises(StopError):
         fit(Interrupted(), SPEC, 0, tmp_path / "parts", QUIET, "x")
@@ -159,7 +161,7 @@ def test_the_device_is_the_one_asked_for(tmp_path, monkeypatch, capsys):
     seen = set()
 
     class Spy(Regression):
-        def loss(self, batch):
+        def loss(self, batch, whole):
             seen.update(value.device.type for value in (*batch.values(), *self.module.parameters()))
             raise InterruptedError
 
@@ -229,8 +231,8 @@ def test_a_gradient_that_is_not_finite_stops_there(tmp_path):
     class Root(Regression):
         """sqrt has no slope at 0, where its value is finite."""
 
-        def loss(self, batch):
-            loss, parts = super().loss(batch)
+        def loss(self, batch, whole):
+            loss, parts = super().loss(batch, whole)
             return loss + (loss * (self.step != 14)).sqrt() * 0.01, parts
 
     with pytest.raises(UserError, match="gradient not finite at step 13"):
@@ -242,9 +244,9 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path):
     class Overflow(Regression):
         """Spoils a weight that the loss of the last step does not look at."""
 
-        def loss(self, batch):
+        def loss(self, batch, whole):
             if self.step < 39:
-                return super().loss(batch)
+                return super().loss(batch, whole)
             self.module[0].weight.data.fill_(float("inf"))
             return self.module[2].bias.square().sum(), {"half": torch.zeros(())}
 

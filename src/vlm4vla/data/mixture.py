@@ -87,6 +87,16 @@ class Mixture:
         return np.random.default_rng((self.seed, 3, source, epoch)).permutation(self.sizes[source])
 
 
+def shuffled(number: int, positions: np.ndarray, seed: int) -> np.ndarray:
+    """The samples at ``positions`` of the stream of one source: a seeded permutation of it an epoch."""
+    return np.array([_epoch(seed, int(p // number), number)[p % number] for p in positions])
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, number: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(number)
+
+
 def _round_to_sum(weights: np.ndarray, total: int) -> np.ndarray:
     """Integers that add up to ``total``, as close to proportional as they can be (largest remainder)."""
     exact = weights / weights.sum() * total

@@ -48,7 +48,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def action_loss(
-    pose: Tensor, gripper: Tensor, target: Tensor, valid: Tensor, gripper_weight: float
+    pose: Tensor, gripper: Tensor, target: Tensor, valid: Tensor, gripper_weight: float, steps: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Huber (delta 1) on the pose + ``gripper_weight`` x BCE on the gripper, over valid steps only.
 
@@ -57,9 +57,10 @@ def action_loss(
         gripper: (B, H) logits; 1 is open.
         target: (B, H, 7) normalised pose and a gripper of 0 or 1.
         valid: bool (B, H), False past the end of the episode.
+        steps: valid steps that the means are over, where these are a part of them; without it, those given here.
     """
     mask = valid.float()
-    steps = mask.sum()
+    steps = mask.sum() if steps is None else steps
     huber = F.huber_loss(pose, target[..., :POSE_DIMS], reduction="none").mean(-1)
     bce = F.binary_cross_entropy_with_logits(gripper, target[..., POSE_DIMS], reduction="none")
     loss_pose, loss_gripper = (huber * mask).sum() / steps, (bce * mask).sum() / steps

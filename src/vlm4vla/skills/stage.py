@@ -24,7 +24,8 @@ from vlm4vla.backbones import tiny
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.treatments import groups
 from vlm4vla.backbones.vlm import save_vlm
-from vlm4vla.data.augment import jitter_and_shift
+from vlm4vla.data.augment import JitterAndShift
+from vlm4vla.data.mixture import shuffled
 from vlm4vla.skills.questions import Scenes, ask
 
 VLM = Any
@@ -36,6 +37,7 @@ ALIGN_WEIGHT = 0.5
 BACKGROUND_WEIGHT = 0.15
 """Most cells show no card."""
 MAX_SHIFT = 2
+AUGMENT = JitterAndShift(jitter=0.08, shift=MAX_SHIFT)
 TOKENS_KEPT = 1 << 15
 """Short questions come again and again; free sentences hardly ever, and would fill the memory."""
 
@@ -89,7 +91,6 @@ class Stage:
     def __init__(self, vlm: VLM, processor: Processor, scenes: Scenes, instruct: bool, free_share: float = 0.0):
         self.vlm, self.processor, self.scenes, self.instruct = vlm, processor, scenes, instruct
         self.free_share = free_share
-        self.num_samples = len(scenes)
         name_ids = processor.tokenizer.convert_tokens_to_ids(list(scenes.names))
         self.align = Align(vlm, torch.tensor(name_ids))
         self.module: nn.Module = nn.ModuleDict({"vlm": vlm, "align": self.align})
@@ -104,17 +105,31 @@ class Stage:
         trained = [p for p in self.module.parameters() if p.requires_grad]
         return [{"params": trained, "lr_scale": 1.0}]
 
+    def draw(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        return shuffled(len(self.scenes), positions, seed)
+
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        images, shift = jitter_and_shift(self.scenes.images[indices], rng, jitter=0.08, shift=MAX_SHIFT)
+        draws = AUGMENT.draw(len(indices), rng)
+        images = AUGMENT.apply(torch.from_numpy(self.scenes.images[indices]), draws)
+        shift = draws["shift"].numpy() / images.shape[1]
         points = np.stack([self.scenes.block_uv[indices], self.scenes.gripper_uv[indices]], 1) + shift[:, None]
         batch = {
-            "pixel_values": tiny.pixels(torch.from_numpy(images)),
+            "pixel_values": tiny.pixels(images),
             "cells": torch.from_numpy(self.cells[indices]),
             "points": torch.from_numpy(points.astype(np.float32)),
         }
         return batch | (self._pack(indices, rng) if self.instruct else {})
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def amounts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"scenes": torch.tensor(len(batch["cells"]))}
+
+    def loss(self, batch: dict[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = self._means(batch)
+        share = len(batch["cells"]) / whole["scenes"]
+        return loss * share, {name: value * share for name, value in parts.items()}
+
+    def _means(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Over the scenes of ``batch``."""
         table = self.vlm.get_input_embeddings().weight
         if not self.instruct:
             output: Any = self.vlm.get_image_features(batch["pixel_values"])
@@ -135,9 +150,6 @@ class Stage:
         answer = F.cross_entropy(logits, labels)
         right = (logits.argmax(-1) == labels).float().mean()
         return answer + ALIGN_WEIGHT * align, parts | {"loss_answer": answer.detach(), "answer_accuracy": right}
-
-    def weight(self, batch: dict[str, Tensor]) -> Tensor:
-        return torch.tensor(len(batch["cells"]))
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         save_vlm(self.vlm, self.processor, folder, {n[4:]: v for n, v in state.items() if n.startswith("vlm.")})

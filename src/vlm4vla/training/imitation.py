@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import parameters_hash
-from vlm4vla.data.augment import crop_and_colour, jitter_and_shift
+from vlm4vla.data.augment import augmentation
 from vlm4vla.data.cache import pictures
 from vlm4vla.data.lerobot import Dataset
+from vlm4vla.data.mixture import shuffled
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.windows import windows
 from vlm4vla.heads.mlp import action_loss
@@ -33,7 +34,7 @@ class Imitation:
         self.policy, self.dataset, self.spec = policy, dataset, policy.spec
         self.vla = policy.vla
         self.module: nn.Module = policy.vla
-        self.num_samples = dataset.num_frames
+        self.augment = augmentation(self.spec.training)
         self.pictures = pictures(dataset, policy.image_size, cached)
         # Once, before batches are made in a thread: a tokenizer may not be used by two threads at a time.
         self.vla.backbone.inputs.rows("", policy.image_size, policy.image_size)
@@ -47,32 +48,39 @@ class Imitation:
             for name, scale in scales.items()
         ]
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        training = self.spec.training
-        images = self.pictures(indices)
-        if training.augment == "crop_and_colour":
-            images = crop_and_colour(torch.from_numpy(images), rng).numpy()
-        else:
-            images, _ = jitter_and_shift(images, rng, training.image_jitter, training.image_shift)
-        inputs = self.vla.backbone.encode(images, self.dataset.instructions(indices))
-        actions, valid = windows(self.dataset, indices, self.spec.head.chunk)
+    def draw(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        return shuffled(self.dataset.num_frames, positions, seed)
+
+    def batch(self, samples: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        inputs = self.vla.backbone.encode(self.pictures(samples), self.dataset.instructions(samples))
+        actions, valid = windows(self.dataset, samples, self.spec.head.chunk)
         target = self.policy.actions.normalize(actions).astype(np.float32)
         batch = {f"inputs.{name}": value for name, value in inputs.items()}
+        batch |= {f"augment.{name}": value for name, value in self.augment.draw(len(samples), rng).items()}
         batch |= {"target": torch.from_numpy(target), "valid": torch.from_numpy(valid)}
         if self.policy.state is not None:
-            batch["state"] = torch.from_numpy(self.policy.state.normalize(self.dataset.states[indices]))
+            batch["state"] = torch.from_numpy(self.policy.state.normalize(self.dataset.states[samples]))
         return batch
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = {name.removeprefix("inputs."): value for name, value in batch.items() if name.startswith("inputs.")}
-        pose, gripper = self.vla(inputs, batch.get("state"))
-        return action_loss(pose, gripper, batch["target"], batch["valid"], self.spec.head.gripper_weight)
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The VLM's inputs, their pictures augmented where the batch is."""
+        inputs = _named(batch, "inputs.")
+        return inputs | {"images": self.augment.apply(inputs["images"], _named(batch, "augment."))}
 
-    def weight(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["valid"].sum()
+    def amounts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"steps": batch["valid"].sum()}
+
+    def loss(self, batch: dict[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        pose, gripper = self.vla(self.inputs(batch), batch.get("state"))
+        weight = self.spec.head.gripper_weight
+        return action_loss(pose, gripper, batch["target"], batch["valid"], weight, whole["steps"])
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         self.policy.save(folder, state)
+
+
+def _named(batch: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
 
 
 def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None:

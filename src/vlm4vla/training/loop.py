@@ -12,7 +12,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -40,9 +39,7 @@ FINISHED = "finished.json"
 
 
 class Objective(Protocol):
-    """What the loop trains: it asks for a batch, then for the loss on it."""
-
-    num_samples: int
+    """What the loop trains: it asks which samples come next, for a batch of them, then for the loss on it."""
 
     @property
     def module(self) -> nn.Module:
@@ -53,16 +50,22 @@ class Objective(Protocol):
         """Optimiser groups with the keys ``params`` and ``lr_scale``; a partition of the trained parameters."""
         ...
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The samples (B,) as named tensors on the CPU. Called in a thread; one draw of ``rng`` a sample."""
+    def draw(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        """The samples at ``positions`` (B,) of an endless stream: a function of these and ``seed`` alone. Called, as
+        ``batch`` is, in a thread."""
         ...
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss, and detached scalars worth logging."""
+    def batch(self, samples: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The samples (B,) as named tensors on the CPU; one draw of ``rng`` a sample."""
         ...
 
-    def weight(self, batch: dict[str, Tensor]) -> Tensor:
-        """How much of ``batch`` its loss is the mean of: a batch's parts are weighed by it."""
+    def amounts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How much there is in ``batch`` of what losses are means of, by name; the same names for every batch."""
+        ...
+
+    def loss(self, batch: dict[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss, and detached scalars worth logging, of ``batch`` as one part of a step's batch that has the
+        amounts ``whole``: those of all parts add up to the whole's. NaN is logged for what a step had nothing of."""
         ...
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -107,8 +110,8 @@ class Step(nn.Module):
         super().__init__()
         self.module, self.objective = objective.module, objective
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective.loss(batch)
+    def forward(self, batch: dict[str, Tensor], whole: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(batch, whole)
 
 
 def _fit(
@@ -156,18 +159,16 @@ def _fit(
             waited += time.monotonic() - started
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, step) * group["lr_scale"]
-            shares = _shares(objective, micro, accelerator) if parts > 1 else [None]
+            whole = _whole(objective, micro, accelerator)
             logged = []
-            for part, batch, share in zip(mine, micro, shares, strict=True):
+            for part, batch in zip(mine, micro, strict=True):
                 batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
                 torch.manual_seed(seed * 1_000_003 + step + (part << 40))  # dropout: each part its own
                 with nullcontext() if part == mine[-1] else accelerator.no_sync(model):
                     with accelerator.autocast():
-                        loss, terms = model(batch)
-                    # Gradients are averaged over the processes, and shares add up to one over all of them.
-                    accelerator.backward(loss if share is None else loss * (share * accelerator.num_processes))
-                row = {"loss": loss.detach(), **terms}
-                logged.append(row if share is None else {name: value * share for name, value in row.items()})
+                        loss, terms = model(batch, whole)
+                    accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over them
+                logged.append({"loss": loss.detach(), **terms})
             norm = processes.whole(torch.nn.utils.clip_grad_norm_(trained.values(), spec.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
@@ -193,7 +194,8 @@ def _fit(
                     what = "gradient" if finite["loss"][bad[0]] else "loss"
                     _stop(what, objective, spec, seed, step + 1 - len(pending) + int(bad[0]), out, main)
                 seconds = time.monotonic() - window_start
-                row = {name: round(float(values.mean()), 6) for name, values in rows.items()}
+                means = {name: float(values.nanmean()) for name, values in rows.items()}
+                row = {name: round(mean, 6) for name, mean in means.items() if not math.isnan(mean)}
                 row |= {
                     "lr": learning_rate(spec, step),
                     "samples_per_s": round(len(pending) * spec.batch_size / seconds, 1),
@@ -222,30 +224,26 @@ def _fit(
     _export(objective, average, out / "policy", main)
 
 
-def _shares(objective: Objective, micro: list[dict[str, Tensor]], accelerator: Accelerator) -> list[Tensor]:
-    """What each of this process's parts counts in the batch's loss, which is a mean over all parts together."""
-    weights = torch.stack([objective.weight(batch).float() for batch in micro]).to(accelerator.device)
-    return list(weights / processes.reduce(accelerator, weights.sum(), "sum"))
+def _whole(objective: Objective, micro: list[dict[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The amounts of all parts together, of this process and of the others."""
+    parts = [objective.amounts(batch) for batch in micro]
+    held = torch.stack([torch.stack([part[name] for part in parts]).sum().float() for name in parts[0]])
+    held = held.to(accelerator.device, non_blocking=True)
+    whole = processes.reduce(accelerator, held, "sum") if accelerator.num_processes > 1 else held
+    return dict(zip(parts[0], whole, strict=True))
 
 
 def make_batch(
     objective: Objective, spec: TrainSpec, seed: int, step: int, part: int = 0, parts: int = 1
 ) -> dict[str, Tensor]:
-    """One of ``parts`` of a step's batch: consecutive samples of seeded permutations, one permutation an epoch."""
+    """One of ``parts`` of a step's batch: consecutive samples of the objective's stream."""
     positions = np.arange(step * spec.batch_size, (step + 1) * spec.batch_size)
     size = spec.batch_size // parts
     rng: Any = np.random.default_rng((seed, 1, step))
     if parts > 1:
         rows = slice(part * size, (part + 1) * size)
         positions, rng = positions[rows], processes.PartOf(rng, spec.batch_size, rows)
-    number = objective.num_samples
-    indices = np.array([_order(seed, int(p // number), number)[p % number] for p in positions])
-    return objective.batch(indices, rng)
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, number: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(number)
+    return objective.batch(objective.draw(positions, seed), rng)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
