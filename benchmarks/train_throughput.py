@@ -24,6 +24,7 @@ from vlm4vla.backbones.vlm import auto_class
 from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.normalize import Normalizer
+from vlm4vla.data.sources import Sources
 from vlm4vla.data.write import Episode, write
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.metrics import read_metrics
@@ -126,7 +127,7 @@ def main() -> None:
     rate = matrix_rate(device, options.precision)
     with tempfile.TemporaryDirectory() as folder:
         dataset = demonstrations(Path(folder) / "data", options.image_size, CONVENTION)
-        objective = Imitation(drawn(spec, dataset.actions, dataset.image_size, device), dataset)
+        objective = Imitation(drawn(spec, dataset.actions, dataset.image_size, device), Sources((dataset,)))
         if options.gradient_checkpointing:
             objective.vla.backbone.vlm.gradient_checkpointing_enable({"use_reentrant": False})
         vla = objective.vla

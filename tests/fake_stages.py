@@ -64,11 +64,11 @@ def load_vlm(name):
     return f"{name} weights", None
 
 
-class Dataset:
+class Sources:
     content_hash = "d" * 10
 
     @classmethod
-    def open(cls, folder):
+    def open(cls, data, folder):
         assert (folder / "whole").exists()
         return cls()
 
@@ -106,7 +106,7 @@ def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
     for name, members in {
         "vlm4vla.backbones.load": {"load_vlm": load_vlm},
         "vlm4vla.backbones.vlm": {"parameters_hash": lambda vlm: vlm},
-        "vlm4vla.data.lerobot": {"Dataset": Dataset},
+        "vlm4vla.data.sources": {"Sources": Sources},
         "vlm4vla.data.record": {"record": record},
         "vlm4vla.training.imitation": {"train": train},
         "vlm4vla.training.examine": {"examine": lambda spec, size: Audit({"prompt": spec.backbone}, {"size": size})},

@@ -132,7 +132,9 @@ def assert_same(a, b):
     for file in ("action.safetensors", "vlm/model.safetensors"):
         first, second = (load_file(out / "policy" / file) for out in (a, b))
         assert first.keys() == second.keys()
-        close = [torch.isclose(first[name], second[name], **TOLERANCE).float().mean() for name in first]
+        # A bias of keys moves all scores of a softmax alike: its gradient is rounding and nothing else.
+        names = [name for name in first if not name.endswith("key.bias")]
+        close = [torch.isclose(first[name], second[name], **TOLERANCE).float().mean() for name in names]
         assert min(close) > 0.98, file
     assert not list(b.glob("checkpoint*"))
 

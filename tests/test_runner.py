@@ -114,7 +114,7 @@ def test_policies_of_other_weights_or_demonstrations_are_not_mixed(folder, monke
             lambda name: ("new weights", None),
             "the backbone.*now new",
         ),
-        (fake_stages.Dataset, "content_hash", "e" * 10, "the demonstrations.*now eeee"),
+        (fake_stages.Sources, "content_hash", "e" * 10, "the demonstrations.*now eeee"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from vlm4vla.backbones import tiny
+from vlm4vla.data.vqa import Conversations
 from vlm4vla.metrics import read_metrics
 from vlm4vla.skills import build
+from vlm4vla.skills.conversations import write_conversations
 from vlm4vla.skills.questions import NUMBERS, PLACES, POINT_BINS, Scenes, ask, point_answer, words
 from vlm4vla.skills.score import score
 from vlm4vla.skills.stage import QUESTIONS, Stage, cell_labels
@@ -180,3 +182,15 @@ def test_a_resumed_build_draws_what_an_uninterrupted_one_does(tmp_path, monkeypa
 def test_tokens_of_free_sentences_do_not_pile_up(vlm_and_processor):
     stage = Stage(*vlm_and_processor, make_scenes(), instruct=True)
     assert stage.tokens.cache_info().maxsize
+
+
+def test_questions_become_conversations_about_their_scenes(tmp_path):
+    scenes = make_scenes(4)
+    path = write_conversations(scenes, tmp_path / "a", 3, 5, free_share=0.5)
+    talks = Conversations.open(path)
+    assert len(talks) == 12
+    for index in range(12):
+        record, i = talks[index], index // 3
+        assert np.array_equal(record.images[0], scenes.images[i])
+        asked = ask(scenes, i, 3, np.random.default_rng((5, i)), 0.5)[index % 3]
+        assert record.turns == (("user", asked.question), ("assistant", asked.answer))

@@ -67,7 +67,8 @@ def trained_on(spec: RunSpec, folder: Path) -> tuple[RunSpec, str | None]:
     name = found["protocol"]["name"] if found else None
     if spec.data.folder != str(folder) and (spec.data.folder is not None or found != recording(spec.data)):
         size = spec.data.image_size if "image_size" in spec.data.model_fields_set else None
-        spec = spec.model_copy(update={"data": DataSpec(folder=str(folder), image_size=size)})
+        data = DataSpec(folder=str(folder), image_size=size, mixture=spec.data.mixture)
+        spec = spec.model_copy(update={"data": data})
     return spec, name
 
 

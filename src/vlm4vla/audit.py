@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
     "learning_rates": ("peak by group", ("treatment", "training.learning_rate", "training.vlm_lr_scale")),
     "optimisation": ("steps, batch, schedule", ("training.steps", "training.batch_size", "training.schedule")),
     "augmentation": ("of pictures", ("training.image_jitter", "training.image_shift", "training.augment")),
+    "mixture": ("what is drawn beside the demonstrations", ("data.mixture", "training.language_weight")),
     "head": ("kind, widths, chunk", ("head.kind", "head.hidden", "head.chunk", "head.gripper_weight")),
     "proprioception": ("whether the head sees the robot's state", ("proprioception",)),
 }

@@ -102,6 +102,22 @@ def vlm_score(folder: Path | None, work: Path, workers: int) -> None:
     next_step("vlm4vla demo")
 
 
+@vlm.command("questions")
+@click.option("--scenes", type=click.IntRange(min=1), default=2000, show_default=True, help="Rounded up to 500s.")
+@click.option("--each", type=click.IntRange(min=1), default=4, show_default=True, help="Questions about a scene.")
+@click.option("--seed", type=click.IntRange(min=0), default=2, show_default=True, help="0 and 1: the VLM's own scenes.")
+@click.option("--work", type=FOLDER, default=Path("runs/vlm"), show_default=True, help="Scenes are rendered into it.")
+@workers_option
+@out_option
+def vlm_questions(scenes: int, each: int, seed: int, work: Path, workers: int, out: Path) -> None:
+    """Write questions about rendered scenes, and the pictures, to be trained beside demonstrations."""
+    from vlm4vla.arguments import runtime
+    from vlm4vla.skills.build import questions
+
+    path = questions(scenes, each, seed, work, out, runtime(workers=workers))
+    next_step("vlm4vla train --data DEMONSTRATIONS --set {} --out ...", f"data.mixture=[{{conversations: {path}}}]")
+
+
 cli.add_command(backbones)
 cli.add_command(data)
 

@@ -57,7 +57,10 @@ class Convention:
         return cls(**{**values, "names": tuple(values["names"])})
 
 
-def check_same(a: Convention, a_name: str, b: Convention, b_name: str) -> None:
+MEND = "convert the data set to the simulator's convention, or evaluate on the simulator it was made for"
+
+
+def check_same(a: Convention, a_name: str, b: Convention, b_name: str, mend: str = MEND) -> None:
     """Raise ``UserError`` naming every field in which two conventions differ."""
     differ = [
         f"{f.name}: {a_name} has {getattr(a, f.name)!r}, {b_name} has {getattr(b, f.name)!r}"
@@ -68,7 +71,7 @@ def check_same(a: Convention, a_name: str, b: Convention, b_name: str) -> None:
         raise UserError(
             "; ".join(differ),
             f"{a_name} and {b_name} with one convention",
-            "convert the data set to the simulator's convention, or evaluate on the simulator it was made for",
+            mend,
         )
 
 

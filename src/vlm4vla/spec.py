@@ -62,6 +62,27 @@ class HeadSpec(Strict):
     double normalisation of RLDS data."""
 
 
+class SourceSpec(Strict):
+    """One more source of samples beside a run's demonstrations: a robot set, or conversations about pictures."""
+
+    folder: str | None = None
+    """A LeRobotDataset folder whose actions mean what those of the demonstrations mean."""
+    conversations: str | None = None
+    """A ``.json`` or ``.jsonl`` file in LLaVA's or ShareGPT's form (``data/vqa.py``)."""
+    images: str | None = None
+    """Folder that the paths of the conversations' pictures start from; without it, the file's own."""
+    weight: float = Field(default=1.0, gt=0)
+    """Samples of it that are drawn for each one of the demonstrations."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "SourceSpec":
+        if (self.folder is None) == (self.conversations is None):
+            raise ValueError("name a source by folder or by conversations, one of the two")
+        if self.images is not None and self.conversations is None:
+            raise ValueError("images given, which conversations have and a folder has not")
+        return self
+
+
 class DataSpec(Strict):
     """The demonstrations: a recording of ``protocol``'s expert, or a folder that already exists."""
 
@@ -77,6 +98,8 @@ class DataSpec(Strict):
     """Standard deviation in metres of the disturbance put on some executed actions (the recorded label stays clean)."""
     folder: str | None = None
     """A LeRobotDataset v3 folder to use instead of a recording."""
+    mixture: tuple[SourceSpec, ...] = later(())
+    """What is drawn beside the demonstrations; frames have the action loss, conversations the language loss."""
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +140,8 @@ class TrainSpec(Strict):
     """Random shift in pixels at most (edges repeated); the paper's CALVIN augmentation, scaled to the image."""
     augment: Literal["jitter_and_shift", "crop_and_colour"] = later("jitter_and_shift")
     """``jitter_and_shift``: by the two numbers above. ``crop_and_colour``: the paper's for Bridge and LIBERO."""
+    language_weight: float = later(1.0, gt=0)
+    """Weight of the language loss (a mean over answers' tokens) beside the action loss."""
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoints: int = Field(default=1, ge=1)
     """Policies kept, equally spaced over training (the last one is the result): success over training steps."""
@@ -248,6 +273,16 @@ class RunSpec(Strict):
     """The action query at first: zero as in VLM4VLA's release, or drawn with the spread of the word embeddings."""
     seed: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _language(self) -> "RunSpec":
+        weight = TrainSpec.model_fields["language_weight"].default
+        if any(source.conversations for source in self.data.mixture):
+            if all(group.mode == "frozen" for group in self.treated.groups().values()):
+                raise ValueError("conversations in data.mixture, and a treatment that trains nothing of the VLM")
+        elif self.training.language_weight != weight:
+            raise ValueError("training.language_weight given, and no conversations in data.mixture")
+        return self
+
     @property
     def run_id(self) -> str:
         """``<treatment>-s<seed>-<10 hex digits of the content hash>``."""
@@ -322,7 +357,7 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
             if item["type"] == "extra_forbidden":
                 *sections, key = place
                 section: Any = model
-                for name in sections:
+                for name in (part for part in sections if isinstance(part, str)):  # a list's places are no keys
                     field = getattr(section, "model_fields", {}).get(name)
                     section = _section(field.annotation) if field else None
                 known = list(getattr(section, "model_fields", {}))

@@ -28,7 +28,7 @@ class Family:
     images: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the image processor: one tile a picture, where the family would cut it into several."""
     query_type: int | None = None
-    """``token_type_ids`` of the query, where it is not that of the prompt's last token."""
+    """``token_type_ids`` of the query and of answers, where it is not that of the prompt's last token."""
     keeps_mask: bool = False
     """Needs the padding mask. In a causal family nothing looks at the padding on the right of it: without a mask the
     numbers are the same to the last bit, and attention takes its faster kernel."""

@@ -25,20 +25,33 @@ from vlm4vla.spec import Compat
 
 Processor = Any
 """A transformers processor; their call signatures are only known at run time."""
+Turns = Sequence[tuple[str, str]]
+"""Role (system, user, assistant) and text; user and assistant in turn."""
 Positions = Callable[..., tuple[Tensor, Tensor]]
 """``get_rope_index`` of a model with several position axes: ids, types and picture sizes -> (axes, B, L)."""
 INSTRUCTIONS_KEPT = 1 << 14
+ANSWER = "\ue000"
+"""Of Unicode's private use: stands for an answer where a template is asked what it writes around one."""
 
 
 def prompt(processor: Processor, text: str, system: str | None = None, image: bool = True) -> str:
     """One user turn with an image and ``text`` in the model's own chat template, the assistant's turn opened."""
-    content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
+    return written(processor, [("user", text)], system, image)
+
+
+def written(
+    processor: Processor, turns: Sequence[tuple[str, str]], system: str | None = None, image: bool = True
+) -> str:
+    """Turns (role, text) in the model's own chat template, the picture before the first one's text. After a user's turn
+    the assistant's is opened."""
+    messages: list[dict] = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[0]["content"] = [{"type": "image"}] * image + messages[0]["content"]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     # A policy acts in one forward pass: templates that know of thinking leave it out.
     thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+    opened = turns[-1][0] == "user"
+    return processor.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False, **thinking)
 
 
 class Inputs:
@@ -63,16 +76,54 @@ class Inputs:
         Raises:
             UserError: the instruction holds a special token, which would be taken for the template's.
         """
-        for token in self.processor.tokenizer.all_special_tokens:
-            if token in instruction:
-                raise UserError(
-                    f"the instruction {instruction!r} with the special token {token!r}",
-                    "words alone",
-                    "take the token out of the instruction",
-                )
+        self._require_words(instruction)
         if self.family.plain is not None:
             return self.family.plain.format(instruction=instruction)
         return prompt(self.processor, QUESTION.format(instruction=instruction), self.family.system)
+
+    def script(self, turns: Turns) -> list[tuple[str, bool]]:
+        """A conversation about a picture as the model's template writes it, in pieces: text, and whether the model is
+        to say it. An answer ends as the template ends it, where it says nothing with the end-of-sequence token.
+
+        Raises:
+            UserError: a text with a special token, or several questions for a model that knows no turns.
+        """
+        for _, text in turns:
+            self._require_words(text)
+        end = self.processor.tokenizer.eos_token
+        if self.family.plain is not None and len(turns) != 2:
+            raise UserError(
+                f"a conversation of {len(turns)} turns, the first one {turns[0]}",
+                f"a question and its answer: {self.family.title} has no chat template",
+                "make a record of each question",
+            )
+        system, turns = (turns[0][1], turns[1:]) if turns[0][0] == "system" else (self.family.system, turns)
+        questions, answers = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+        if self.family.plain is not None:
+            return [(self.family.plain.format(instruction=questions[0]), False), (answers[0] + end, True)]
+
+        def around(*texts: str) -> list[str]:
+            roles = ("user", "assistant", "user")
+            return written(self.processor, list(zip(roles, texts, strict=False)), system).split(ANSWER)
+
+        first = written(self.processor, [("user", questions[0])], system)
+        before, after = around(questions[0], ANSWER)
+        lead = before.removeprefix(first) if before.startswith(first) else ""  # a blank after "Assistant:"
+        end = after.strip() or end
+        pieces = [(first, False), (lead + answers[0] + end, True)]
+        for question, answer in zip(questions[1:], answers[1:], strict=True):
+            between = around(questions[0], ANSWER, question)[1]
+            pieces += [(between.removeprefix(end), False), (lead + answer + end, True)]
+        return pieces
+
+    def _require_words(self, text: str) -> None:
+        for token in self.processor.tokenizer.all_special_tokens:
+            if token in text:
+                raise UserError(
+                    f"the text {text!r} with the special token {token!r}",
+                    "words alone, for it would be taken for the template's",
+                    "take the token out of the text",
+                )
 
     def native(self, images: Sequence[np.ndarray], text: Sequence[str]) -> dict[str, Tensor]:
         """What the model's own processor makes of pictures and prompts, padded on the side it likes."""
@@ -96,16 +147,28 @@ class Inputs:
         """
         height, width = (self.side or height, self.side or width)
         rows = [self.rows(instruction, height, width) for instruction in instructions]
-        pad = {"input_ids": self.processor.tokenizer.pad_token_id}
+        batch = self._padded(rows)
+        if "position_ids" in batch:
+            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
+        return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
+
+    def answers(self, talks: Sequence[Turns], height: int, width: int) -> dict[str, Tensor]:
+        """Token ids, mask and types (B, L) of conversations about a picture of this size, right-padded, with
+        ``labels`` (B, L), -100 except on what the model is to say, and the positions ``kept`` (P,), before a label of
+        any row."""
+        height, width = (self.side or height, self.side or width)
+        batch = self._padded([self._talk(turns, height, width) for turns in talks])
+        return {**batch, "kept": (batch["labels"][:, 1:] >= 0).any(0).nonzero()[:, 0]}
+
+    def _padded(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        pad = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
         batch = {
             name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=pad.get(name, 0))
             for name in rows[0]
         }
         if not self.family.keeps_mask:
             del batch["attention_mask"]
-        if "position_ids" in batch:
-            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
-        return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
+        return batch
 
     def pixels(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, H, W, 3) on any device -> the model's picture inputs on that device."""
@@ -145,25 +208,44 @@ class Inputs:
 
         A copy of the last token, so that every family sees an ordinary text token there.
         """
+        row, sizes = self._prompted(self.prompt(instruction), height, width)
+        row = self._longer(row, row["input_ids"][-1:])
+        if self.positions is not None:
+            known = {name: value[None] for name, value in row.items()}
+            row["position_ids"] = self.positions(**known, **sizes)[0][:, 0].T
+        return row
+
+    def _talk(self, turns: Turns, height: int, width: int) -> dict[str, Tensor]:
+        """The unpadded conversation's (L,) tensors, with ``labels``."""
+        (text, _), *others = self.script(turns)
+        row, _ = self._prompted(text, height, width)
+        labels = [torch.full_like(row["input_ids"], -100)]
+        for text, said in others:
+            ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+            row = self._longer(row, ids)
+            labels.append(ids if said else torch.full_like(ids, -100))
+        return {**row, "labels": torch.cat(labels)}
+
+    def _prompted(self, text: str, height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The (L,) tensors of a prompt about a picture of this size, and what the processor says of its size."""
         blank = np.zeros((height, width, 3), np.uint8)
         if self.image_names:
-            made = self.native([blank], [self.prompt(instruction)])
+            made = self.native([blank], [text])
         else:  # only once: from then on one thread may make rows while another prepares pictures
             with overhear(self.processor) as options:
-                made = self.native([blank], [self.prompt(instruction)])
+                made = self.native([blank], [text])
             shape = made["input_ids"].shape
             self.image_options = options
             self.image_names = frozenset(name for name, value in made.items() if value.shape != shape)
-        row = {
-            name: torch.cat([value[0], value[0, -1:]]) for name, value in made.items() if name not in self.image_names
-        }
+        row = {name: value[0] for name, value in made.items() if name not in self.image_names}
+        return row, {name: made[name] for name in self.image_names if name.endswith("_grid_thw")}
+
+    def _longer(self, row: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+        """A prompt's tensors with ``ids`` after it: of the type of its last token, or of the family's own."""
+        more = {name: value[-1:].expand(len(ids)) for name, value in row.items()} | {"input_ids": ids}
         if self.family.query_type is not None:
-            row["token_type_ids"][-1] = self.family.query_type
-        if self.positions is not None:
-            known = {name: value[None] for name, value in row.items()}
-            known |= {name: made[name] for name in self.image_names if name.endswith("_grid_thw")}
-            row["position_ids"] = self.positions(**known)[0][:, 0].T
-        return row
+            more["token_type_ids"] = torch.full_like(ids, self.family.query_type)
+        return {name: torch.cat([value, more[name]]) for name, value in row.items()}
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vlm4vla.backbones.families import family
-from vlm4vla.backbones.inputs import Inputs, Processor
+from vlm4vla.backbones.inputs import Inputs, Processor, Turns
 from vlm4vla.backbones.packed_vision import packed_vision
+from vlm4vla.errors import UserError
 from vlm4vla.spec import Compat, QueryInit
 
 # One bar a job is enough: ours.
@@ -77,13 +79,46 @@ class Backbone(nn.Module):
         """``encode``'s inputs, moved to the model's device -> float32 (B, D): the last hidden state at the query."""
         inputs = dict(inputs)
         position = inputs.pop("query_position")
-        inputs |= self.inputs.pixels(inputs.pop("images"))
-        if self.packed is not None:
-            inputs |= self.packed.prepared(inputs["image_grid_thw"], position.device)
+        inputs |= self._seen(inputs.pop("images"))
         rows = torch.arange(len(position), device=position.device)
         with self._query_at(inputs["input_ids"].shape, rows, position):
             hidden = self.core(**inputs, use_cache=False).last_hidden_state
         return hidden[rows, position].float()
+
+    def encode_answers(self, images: np.ndarray, talks: Sequence[Turns]) -> dict[str, Tensor]:
+        """uint8 (B, H, W, 3) pictures and a conversation about each -> ``answer_losses``'s inputs, on the CPU.
+
+        Raises:
+            UserError: this model is opened without an LM head, or cannot be given such a conversation.
+        """
+        self.require_words()
+        return {"images": torch.from_numpy(images), **self.inputs.answers(talks, *images.shape[1:3])}
+
+    def require_words(self) -> None:
+        """Raises: UserError: this model is opened without an LM head."""
+        if auto_class(self.vlm.config) is AutoModel:
+            title = family(self.vlm.config).title
+            raise UserError(
+                f"conversations for {title}, which is opened without its LM head",
+                "a model that can be trained to answer",
+                "choose another backbone, or leave conversations out of data.mixture",
+            )
+
+    def answer_losses(self, inputs: dict[str, Tensor]) -> Tensor:
+        """``encode_answers``'s inputs, moved to the model's device -> float32 (B,): the sum of the cross-entropies of
+        the tokens that each conversation's answers have, from the model's own forward with its LM head."""
+        inputs = dict(inputs)
+        labels, kept = inputs.pop("labels"), inputs.pop("kept")
+        inputs |= self._seen(inputs.pop("images"))
+        # Logits of all positions would be large: a vocabulary for each token of each picture.
+        logits = self.vlm(**inputs, use_cache=False, logits_to_keep=kept).logits.float()
+        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, kept + 1], ignore_index=-100, reduction="none")
+        return losses.sum(1)
+
+    def _seen(self, images: Tensor) -> dict[str, Any]:
+        """What the model's forward is given of pictures."""
+        pixels = self.inputs.pixels(images)
+        return pixels if self.packed is None else pixels | self.packed.prepared(pixels["image_grid_thw"], images.device)
 
     @contextmanager
     def _query_at(self, shape: torch.Size, rows: Tensor, position: Tensor) -> Iterator[None]:

@@ -22,7 +22,7 @@ BLOCK = 64
 class Mixture:
     """Draws (source, sample) by position. K sources, B samples a batch."""
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int, seed: int):
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int):
         """
         Args:
             sizes: samples of each source (K,).
@@ -37,7 +37,7 @@ class Mixture:
                 "at least one source, each with samples and a positive weight",
                 "mend the mixture",
             )
-        self.sizes, self.batch_size, self.seed = np.array(sizes, np.int64), batch_size, seed
+        self.sizes = np.array(sizes, np.int64)
         self.counts = _round_to_sum(np.array(weights, float), BLOCK * batch_size)
         """int64 (K,): samples of each source in a block."""
         if not self.counts.all():
@@ -54,7 +54,7 @@ class Mixture:
         """What each source really has of the stream."""
         return (self.counts / self.counts.sum()).tolist()
 
-    def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The samples at ``positions`` (n,) of the stream: source and sample within it, int64 (n,) each.
 
         Step s of one process takes positions [s B, (s + 1) B); of R processes, each takes its part of them.
@@ -64,18 +64,18 @@ class Mixture:
         source, rank = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
             here = blocks == block
-            order, ranks = self._order(int(block))
+            order, ranks = self._order(seed, int(block))
             source[here], rank[here] = order[within[here]], ranks[within[here]]
         epoch, place = np.divmod(blocks * self.counts[source] + rank, self.sizes[source])
         sample = np.empty_like(positions)
         for k, e in np.unique(np.stack([source, epoch], 1), axis=0):
             here = (source == k) & (epoch == e)
-            sample[here] = self._permutation(int(k), int(e))[place[here]]
+            sample[here] = self._permutation(seed, int(k), int(e))[place[here]]
         return source, sample
 
-    def _make_order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_order(self, seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source at each place of a block, and how many of that source come before it there."""
-        rng = np.random.default_rng((self.seed, 2, block))
+        rng = np.random.default_rng((seed, 2, block))
         source = np.repeat(np.arange(len(self.counts)), self.counts)
         rank = np.concatenate([np.arange(count) for count in self.counts])
         # Even spacing with a jitter within the spacing: evenly spread, without a fixed pattern.
@@ -83,8 +83,8 @@ class Mixture:
         order = np.argsort(time, kind="stable")
         return source[order], rank[order]
 
-    def _make_permutation(self, source: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, 3, source, epoch)).permutation(self.sizes[source])
+    def _make_permutation(self, seed: int, source: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, 3, source, epoch)).permutation(self.sizes[source])
 
 
 def shuffled(number: int, positions: np.ndarray, seed: int) -> np.ndarray:

@@ -24,7 +24,8 @@ CLIPPED: tuple[Mode, ...] = ("quantile", "min_max", "fixed")
 
 @dataclass(frozen=True)
 class Statistics:
-    """Exact statistics per dimension, each float64 (D,). Quantiles interpolate linearly between neighbours."""
+    """Exact statistics per dimension, each float64 (D,). Quantiles interpolate linearly between neighbours; of weighted
+    numbers, they are the inverse of the distribution function."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -35,8 +36,8 @@ class Statistics:
     q99: np.ndarray
 
     @classmethod
-    def of(cls, values: np.ndarray) -> "Statistics":
-        """From (N, D) numbers.
+    def of(cls, values: np.ndarray, weights: np.ndarray | None = None) -> "Statistics":
+        """From (N, D) numbers, each as often as ``weights`` (N,) says, relative to the others.
 
         Raises:
             UserError: no rows, or a number that is not finite.
@@ -52,10 +53,11 @@ class Statistics:
             )
         # float64 first: sums of millions of float32 lose digits. One column at a time keeps the copy small.
         columns = [values[:, d].astype(np.float64) for d in range(values.shape[1])]
-        quantiles = np.stack([np.quantile(column, [0.01, 0.99]) for column in columns])
+        method = "linear" if weights is None else "inverted_cdf"  # the one that numpy has for weights
+        quantiles = np.stack([np.quantile(c, [0.01, 0.99], method=method, weights=weights) for c in columns])
         return cls(
-            mean=np.array([column.mean() for column in columns]),
-            std=np.array([column.std() for column in columns]),
+            mean=np.array([np.average(column, weights=weights) for column in columns]),
+            std=np.array([_std(column, weights) for column in columns]),
             min=values.min(0).astype(np.float64),
             max=values.max(0).astype(np.float64),
             q01=quantiles[:, 0],
@@ -68,6 +70,12 @@ class Statistics:
     @classmethod
     def from_dict(cls, values: dict[str, list[float]]) -> "Statistics":
         return cls(**{f.name: np.array(values[f.name], np.float64) for f in fields(cls)})
+
+
+def _std(values: np.ndarray, weights: np.ndarray | None) -> float:
+    if weights is None:
+        return values.std()
+    return np.average((values - np.average(values, weights=weights)) ** 2, weights=weights) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -90,14 +98,16 @@ class Normalizer:
         gripper: bool = True,
         mode: Mode | Sequence[Mode] = "quantile",
         bound: float = 1.0,
+        weights: np.ndarray | None = None,
     ) -> "Normalizer":
-        """Fit (N, D) numbers in native units; ``mode`` is for all pose dimensions, or one for each.
+        """Fit (N, D) numbers in native units, drawn as often as ``weights`` (N,) says; ``mode`` is for all pose
+        dimensions, or one for each.
 
         Raises:
             UserError: no rows, numbers that are not finite, a gripper dimension with others than its two values, or
                 another number of modes than of pose dimensions.
         """
-        statistics, dims = Statistics.of(values), values.shape[1] - gripper
+        statistics, dims = Statistics.of(values, weights), values.shape[1] - gripper
         modes = (mode,) * dims if isinstance(mode, str) else tuple(mode)
         if len(modes) != dims or not set(modes) <= set(get_args(Mode)):
             raise UserError(f"the modes {modes}", f"{dims} of {get_args(Mode)}", "one mode, or one a pose dimension")
@@ -130,11 +140,12 @@ class Normalizer:
         centre, half = self._centre_and_half()
         return np.where(self._is_pose(), centre + values * half, values >= 0.5).astype(np.float32)
 
-    def fraction_clipped(self, values: np.ndarray) -> list[float]:
+    def fraction_clipped(self, values: np.ndarray, weights: np.ndarray | None = None) -> list[float]:
         """The share of (N, D) native values per dimension that lie outside the interval, clipped or out of a tanh
         head's reach; 0 for the gripper."""
         low, high = self._interval()
-        return (((values < low) | (values > high)) & self._is_pose()).mean(0).tolist()
+        outside = ((values < low) | (values > high)) & self._is_pose()
+        return np.average(outside, axis=0, weights=weights).tolist()
 
     def to_dict(self) -> dict:
         settings = {"gripper": self.gripper, "modes": list(self.modes), "bound": self.bound}

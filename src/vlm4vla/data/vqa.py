@@ -12,6 +12,7 @@ import json
 import mmap
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,17 @@ PLACEHOLDER = re.compile(r"\s*<image>\s*")
 """Where the picture stands in LLaVA's text; the model's own template puts it there."""
 
 
+Turns = tuple[tuple[str, str], ...]
+"""Role (system, user, assistant) and text: user and assistant in turn, ending with the assistant."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One record."""
 
     images: tuple[np.ndarray, ...]
     """uint8 (height, width, 3) each; none for text alone."""
-    turns: tuple[tuple[str, str], ...]
-    """Role (system, user, assistant) and text, alternating, ending with the assistant."""
+    turns: Turns
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,32 @@ class Conversations:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the file; the pictures do not enter."""
+        """SHA-256 (hex) of the file and of every picture that it names."""
+        return self._scanned[0]
+
+    @property
+    def num_pictures(self) -> np.ndarray:
+        """int64 (N,): of each record."""
+        return self._scanned[1]
+
+    @cached_property
+    def _scanned(self) -> tuple[str, np.ndarray]:
+        """All records and pictures' files read once, so that what is wrong with one is told before a training."""
+        counts, names = np.empty(len(self), np.int64), set()
+        for index in range(len(self)):
+            found, _ = self._record(index)
+            counts[index] = len(found)
+            names.update(found)
         with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        for name in sorted(names):
+            digest.update(name.encode())
+            try:
+                with (self.images / name).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise self._no_picture(str(self.path), name, error) from error
+        return digest.hexdigest(), counts
 
     def __getitem__(self, index: int) -> Conversation:
         """Read a record and its pictures.
@@ -77,6 +104,11 @@ class Conversations:
         Raises:
             UserError: the record is not a conversation, or a picture is missing or damaged.
         """
+        names, turns = self._record(index)
+        return Conversation(tuple(self._picture(index, name) for name in names), turns)
+
+    def _record(self, index: int) -> tuple[list[str], Turns]:
+        """The pictures' names and what is said."""
         start, stop = self.bounds[index].tolist()
         with self.path.open("rb") as file:
             file.seek(start)
@@ -95,19 +127,21 @@ class Conversations:
         spoken = [role for role, _ in turns if role != "system"]
         if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
             raise UserError(f"{where}: the turns {spoken}", "user and assistant in turn", "mend the file")
-        return Conversation(tuple(self._picture(where, name) for name in names), turns)
+        for name in names:
+            if not isinstance(name, str) or not stays_inside(name):
+                raise UserError(f"{where}: the picture {name!r}", f"a path below {self.images}", "mend the file")
+        return names, turns
 
-    def _picture(self, where: str, name: str) -> np.ndarray:
-        if not isinstance(name, str) or not stays_inside(name):
-            raise UserError(f"{where}: the picture {name!r}", f"a path below {self.images}", "mend the file")
+    def _picture(self, index: int, name: str) -> np.ndarray:
         try:
             return np.asarray(Image.open(self.images / name).convert("RGB"))
         except OSError as error:
-            raise UserError(
-                f"{where}: {self.images / name} ({error})",
-                "a picture",
-                "name the pictures' folder, or fetch the picture",
-            ) from error
+            raise self._no_picture(f"{self.path}, record {index}", name, error) from error
+
+    def _no_picture(self, where: str, name: str, error: OSError) -> UserError:
+        return UserError(
+            f"{where}: {self.images / name} ({error})", "a picture", "name the pictures' folder, or fetch the picture"
+        )
 
 
 def _turn(turn: dict) -> tuple[str, str]:

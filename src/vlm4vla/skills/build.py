@@ -10,6 +10,7 @@ from vlm4vla.backbones import tiny
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.files import write_text
 from vlm4vla.sims.grinningface import emoji
+from vlm4vla.skills.conversations import write_conversations
 from vlm4vla.skills.questions import CUES, FILLER, TEMPLATES, Scenes, words
 from vlm4vla.skills.scenes import make_scenes, names, version
 from vlm4vla.skills.score import score
@@ -117,6 +118,13 @@ def test_scenes(work: Path, runtime: Runtime) -> Scenes:
     """The scenes that scores are on, rendered into ``work/scenes`` where they are missing."""
     folder = work / "scenes"
     return make_scenes(TEST_SCENES, TEST_SCENE_SEED, tiny.IMAGE_SIZE, folder, runtime.workers, runtime.progress)
+
+
+def questions(num_scenes: int, each: int, seed: int, work: Path, folder: Path, runtime: Runtime) -> Path:
+    """``each`` questions about every one of ``num_scenes`` scenes, as a file of conversations in ``folder``; as many of
+    them are free sentences as in the VLM's last step."""
+    scenes = make_scenes(num_scenes, seed, tiny.IMAGE_SIZE, work / "scenes", runtime.workers, runtime.progress)
+    return write_conversations(scenes, folder, each, seed, FREE_SHARE)
 
 
 def score_folder(folder: Path, scenes: Scenes) -> dict:

@@ -108,17 +108,17 @@ class Stage:
     def draw(self, positions: np.ndarray, seed: int) -> np.ndarray:
         return shuffled(len(self.scenes), positions, seed)
 
-    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        draws = AUGMENT.draw(len(indices), rng)
-        images = AUGMENT.apply(torch.from_numpy(self.scenes.images[indices]), draws)
+    def batch(self, samples: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        draws = AUGMENT.draw(len(samples), rng)
+        images = AUGMENT.apply(torch.from_numpy(self.scenes.images[samples]), draws)
         shift = draws["shift"].numpy() / images.shape[1]
-        points = np.stack([self.scenes.block_uv[indices], self.scenes.gripper_uv[indices]], 1) + shift[:, None]
+        points = np.stack([self.scenes.block_uv[samples], self.scenes.gripper_uv[samples]], 1) + shift[:, None]
         batch = {
             "pixel_values": tiny.pixels(images),
-            "cells": torch.from_numpy(self.cells[indices]),
+            "cells": torch.from_numpy(self.cells[samples]),
             "points": torch.from_numpy(points.astype(np.float32)),
         }
-        return batch | (self._pack(indices, rng) if self.instruct else {})
+        return batch | (self._pack(samples, rng) if self.instruct else {})
 
     def amounts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"scenes": torch.tensor(len(batch["cells"]))}

@@ -125,8 +125,10 @@ def run_folder(folder: Path, run_id: str) -> Path:
 
 
 def data_folder(data: DataSpec, folder: Path) -> Path:
-    """Where a run's demonstrations are: recordings are shared by all cells with the same ``DataSpec``."""
-    return Path(data.folder) if data.folder else folder / "data" / content_hash(data.model_dump(mode="json"))
+    """Where a run's demonstrations are: cells with the same ``DataSpec`` share a recording, whatever is beside it."""
+    if data.folder:
+        return Path(data.folder)
+    return folder / "data" / content_hash(data.model_dump(mode="json", exclude={"mixture"}))
 
 
 def _evaluate_cell(cell: Cell, out: Path, store: Store, runtime: Runtime) -> None:
@@ -193,17 +195,18 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
         return
     from vlm4vla.backbones.load import load_vlm
     from vlm4vla.backbones.vlm import parameters_hash
-    from vlm4vla.data.lerobot import Dataset
+    from vlm4vla.data.sources import Sources
 
     backbones = {name: parameters_hash(load_vlm(name)[0]) for name in {cell.run.backbone for cell in trained}}
-    targets = {data_folder(cell.run.data, folder) for cell in trained}
-    data = {target: Dataset.open(target).content_hash for target in targets if target.is_dir()}
+    specs = {(data_folder(cell.run.data, folder), cell.run.data.mixture): cell.run.data for cell in trained}
+    data = {key: Sources.open(spec, key[0]).content_hash for key, spec in specs.items() if key[0].is_dir()}
     for cell in trained:
         out, target = run_folder(folder, cell.run_id), data_folder(cell.run.data, folder)
         card: dict[str, str] = json.loads((out / "policy" / "policy.json").read_text())["card"]
+        beside = cell.run.data.mixture
         for what, was, now in (
             (f"the backbone {cell.run.backbone!r}", card["backbone_hash"], backbones[cell.run.backbone]),
-            (f"the demonstrations {target}", card["data_hash"], data.get(target, card["data_hash"])),
+            (f"the demonstrations {target}", card["data_hash"], data.get((target, beside), card["data_hash"])),
         ):
             if was != now:
                 raise UserError(

@@ -4,6 +4,7 @@ The model is built on torch's meta device, so a 30 B model costs what a small on
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
         "optimisation": f"{training.steps} steps of {training.batch_size}, {training.schedule}, "
         f"warm-up {training.warmup_steps}, weight decay {training.weight_decay:g}, clip {training.max_grad_norm:g}",
         "augmentation": _augmentation(spec),
+        "mixture": _mixture(spec),
         "head": f"{spec.head.kind}, width {spec.head.hidden}, chunk {spec.head.chunk}, "
         f"gripper weight {spec.head.gripper_weight:g}",
         "proprioception": "yes" if spec.proprioception else "no",
@@ -133,6 +135,15 @@ def _augmentation(spec: RunSpec) -> str:
     if training.augment == "crop_and_colour":
         return "random resized crop and colours"
     return f"jitter within {training.image_jitter:g}, shift of at most {training.image_shift} px"
+
+
+def _mixture(spec: RunSpec) -> str:
+    if not spec.data.mixture:
+        return "none"
+    told = [f"{each.weight:g} of {Path(each.folder or str(each.conversations)).name}" for each in spec.data.mixture]
+    asked = any(each.conversations for each in spec.data.mixture)
+    weight = f"; language weight {spec.training.language_weight:g}" if asked else ""
+    return f"for each demonstrated frame {', '.join(told)}{weight}"
 
 
 # ---------------------------------------------------------------------------------------------------- what it takes

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlm4vla.data.sources import Sources
 from vlm4vla.policy import VLA, torch_device
 from vlm4vla.spec import RunSpec, Runtime
 from vlm4vla.training.examine import GIB, audit, on_meta
@@ -33,11 +34,11 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     return number * 2 * side**3 / (time.perf_counter() - started)
 
 
-def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, frames: int | None) -> list[str]:
+def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, sources: Sources | None) -> list[str]:
     """Lines that say what would be frozen, what memory and what time it takes; nothing is trained or read.
 
     Args:
-        frames: of the data set, where it is there.
+        sources: what is trained on, where it is there.
     """
     vla, processor = on_meta(spec)
     sizes, training = audit(vla, processor, spec, image_size).sizes, spec.training
@@ -51,8 +52,8 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, f
     lines = [
         *(f"{name:<16} {_parameters(name, sizes)}" for name in sizes["trained"]),
         *(f"{'without adapter':<16} {name} {number:,}" for name, number in sizes["without_adapter"].items()),
-        f"{'steps':<16} {training.steps:,} of {training.batch_size} samples"
-        + (f" ({training.steps * training.batch_size / frames:.1f} times the data)" if frames else ""),
+        f"{'steps':<16} {training.steps:,} of {training.batch_size} samples",
+        *(f"{'data':<16} {line}" for line in _passes(sources, training.steps * training.batch_size)),
         f"{'processes':<16} {processes}, each {samples} samples at a time, {runtime.accumulate} time(s) a step",
         f"{'memory':<16} {states:.2f} GiB weights, gradients and moments + {activations:.2f} GiB activations "
         f"(estimate) in each process{_there(device)}",
@@ -65,6 +66,18 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, f
             f"{'too much':<16} try --accumulate {2 * runtime.accumulate}, --gradient-checkpointing, or --shard"
         )
     return lines
+
+
+def _passes(sources: Sources | None, samples: int) -> list[str]:
+    """How often each source is seen."""
+    if sources is None:
+        return []
+    lines = [
+        f"{name}: {share:.1%} of the samples, {samples * share / size:.1f} times its {size:,}"
+        for name, share, size in zip(sources.names, sources.shares, sources.sizes, strict=True)
+    ]
+    note = ["conversations: work and memory are counted as a frame's; answers and the LM head come on top"]
+    return lines + note * bool(sources.conversations)
 
 
 def gib_needed(vla: VLA, sizes: Mapping[str, Any], runtime: Runtime, processes: int) -> tuple[float, float]:

@@ -104,7 +104,7 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
 
 
 class Step(nn.Module):
-    """The loss as a module's forward pass: what DDP wraps."""
+    """The loss as a module's forward pass: what DDP wraps, and what FSDP2 gathers weights for."""
 
     def __init__(self, objective: Objective):
         super().__init__()
@@ -134,8 +134,9 @@ def _fit(
     mine = range(rank * runtime.accumulate, (rank + 1) * runtime.accumulate)
     if runtime.trackers:
         accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
-    processes.place(objective.module, accelerator, runtime.shard, spec.precision == "bf16")
-    model = accelerator.prepare_model(Step(objective), evaluation_mode=runtime.shard)  # evaluation: no DDP around it
+    model: Any = Step(objective)
+    processes.place(model, accelerator, runtime.shard, spec.precision == "bf16")
+    model = accelerator.prepare_model(model, evaluation_mode=runtime.shard)  # evaluation: no DDP around it
     groups, fused = objective.parameter_groups(), True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=fused)
     trained = {name: p for name, p in objective.module.named_parameters() if p.requires_grad}

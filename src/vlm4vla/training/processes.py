@@ -89,9 +89,11 @@ def place(module: nn.Module, accelerator: Accelerator, sharded: bool, half: bool
     device, number = accelerator.device, accelerator.num_processes
     if sharded:
         mesh = init_device_mesh(device.type, (number,))
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+        dtypes: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if half else {}
         for part in (*units(module), module):
             receive(part, device, number)
+            # What goes into the whole is a batch, whose targets stay as they are.
+            policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=part is not module)
             fully_shard(part, mesh=mesh, mp_policy=policy)
     else:
         receive(module, device, number)
@@ -117,7 +119,7 @@ def receive(module: nn.Module, device: torch.device, number: int) -> None:
 
 
 def units(module: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: each layer; and an LM head of its own, which never runs and so is never gathered."""
+    """What is gathered at a time: each layer; and an LM head of its own, which runs for conversations alone."""
     layers: list[nn.Module] = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
     for vlm in module.modules():
         if isinstance(vlm, PreTrainedModel) and (head := vlm.get_output_embeddings()) is not None:

@@ -80,16 +80,16 @@ def train(
 
 
 def _dry_run(spec: Any, how: Any, folder: Path | None) -> None:
-    from vlm4vla.data.lerobot import Dataset
+    from vlm4vla.data.sources import Sources
     from vlm4vla.training.forecast import forecast
 
     folder = folder or (Path(spec.data.folder) if spec.data.folder else None)
-    data = Dataset.open(folder) if folder and folder.is_dir() else None
-    size = spec.data.image_size or (data.image_size if data else None)
+    sources = Sources.open(spec.data, folder) if folder and folder.is_dir() else None
+    size = spec.data.image_size or (sources.sets[0].image_size if sources else None)
     if size is None:
         raise UserError("no size of pictures", "data.image_size, or a data set", "add --set data.image_size=224")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    click.echo("\n".join(forecast(spec, how, size, processes, data.num_frames if data else None)))
+    click.echo("\n".join(forecast(spec, how, size, processes, sources)))
 
 
 @click.command()

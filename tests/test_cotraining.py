@@ -1,0 +1,333 @@
+"""Robot sets and conversations in one training: what is drawn, the language loss, resuming, several processes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[train]'")
+
+import tiny_families
+from fake_sim import CONVENTION
+from test_imitation import QUIET, demonstrations
+from test_processes import STEPS, assert_same, run, together
+from vlm4vla.backbones import tiny
+from vlm4vla.backbones.families import FAMILIES, family
+from vlm4vla.backbones.vlm import Backbone, save_vlm
+from vlm4vla.convention import LIBERO
+from vlm4vla.data.lerobot import Dataset
+from vlm4vla.data.sources import Sources
+from vlm4vla.data.write import Episode, write
+from vlm4vla.errors import UserError
+from vlm4vla.metrics import read_metrics
+from vlm4vla.skills.questions import words
+from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, SourceSpec, TrainSpec, parse
+from vlm4vla.training.imitation import Imitation, train
+
+SIZE = 96
+TALK = (("user", "where is the cat"), ("assistant", "left"))
+TURNS = (*TALK, ("user", "find the cat"), ("assistant", "on the left"))
+
+
+def talks(folder, number=6, turns=TALK, size=SIZE):
+    """A file of conversations about pictures of noise."""
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for i in range(number):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i}.png")
+        said = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} for role, text in turns]
+        lines.append(json.dumps({"image": f"{i}.png", "conversations": said}))
+    (folder / "talks.jsonl").write_text("\n".join(lines))
+    return str(folder / "talks.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------- language loss
+
+
+def plainly(name, vlm, processor, image, question, answer):
+    """The loss that plain transformers has of one record: its own processor, its own forward with labels."""
+    if name.startswith("paligemma"):
+        made = processor(text=f"<image>{question}", images=[[image]], suffix=answer, return_tensors="pt")
+        return vlm(**made).loss
+    system = family(vlm.config).system
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]})
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    bos = processor.tokenizer.bos_token
+    text_options = {"add_special_tokens": not (bos and prompt.startswith(bos))}
+    ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    options = {"text_kwargs": text_options, "images_kwargs": dict(FAMILIES[vlm.config.model_type].images)}
+    made = processor(text=[prompt + answer], images=[[image]], return_tensors="pt", **options)
+    labels = torch.full_like(made["input_ids"], -100)
+    labels[:, -len(ids) :] = torch.tensor(ids)
+    return vlm(**made, labels=labels).loss
+
+
+ENDS = {
+    "qwen2_5_vl": "<|im_end|>",
+    "qwen3_vl": "<|im_end|>",
+    "internvl": "<|im_end|>",
+    "smolvlm": "<end_of_utterance>",
+    "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "llava": "</s>",
+    "glm4v": "<|user|>",
+    "mistral3": "</s>",
+    "paligemma1": "",  # its processor adds the end
+    "paligemma2": "",
+    "llava_onevision": "<|im_end|>",
+    "molmo2": "<|im_end|>",
+    "qwen3_5": "<|im_end|>",
+    "qwen3_vl_moe": "<|im_end|>",
+}
+FAST = {"qwen2_5_vl", "paligemma1", "smolvlm", "gemma3", "internvl", "llava"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in ENDS])
+def test_the_language_loss_is_the_plain_models_own(name):
+    vlm, processor = tiny_families.draw(name)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    talk = [(("user", "is it a cat?"), ("assistant", "no, a dog")), (("user", "what?"), ("assistant", "an ant"))]
+    backbone = Backbone(vlm, processor)
+    inputs = backbone.encode_answers(images, talk)
+    numbers = (inputs["labels"] >= 0).sum(1)
+    with torch.no_grad():
+        found = backbone.answer_losses(inputs) / numbers
+        expected = [
+            plainly(name, vlm, processor, image, question, answer + ENDS[name])
+            for image, ((_, question), (_, answer)) in zip(images, talk, strict=True)
+        ]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def said(backbone, turns):
+    """What is trained of a conversation, and all of it, as text."""
+    inputs = backbone.inputs.answers([turns], SIZE, SIZE)
+    decode = backbone.processor.tokenizer.decode
+    ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+    assert torch.equal(labels[labels >= 0], ids[labels >= 0])
+    return decode(ids[labels >= 0]), decode(ids)
+
+
+def test_every_turns_answer_is_learned_and_nothing_else():
+    backbone = Backbone(*tiny_families.draw("qwen2_5_vl"))
+    answers, text = said(backbone, (("system", "Be brief."), *TURNS))
+    assert answers == "left<|im_end|>on the left<|im_end|>"
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    ending = "where is the cat<|im_end|>\n<|im_start|>assistant\nleft<|im_end|>\n"
+    ending += "<|im_start|>user\nfind the cat<|im_end|>\n<|im_start|>assistant\non the left<|im_end|>"
+    assert text.endswith(ending)
+
+
+def test_the_embedded_vlm_is_asked_as_it_was_taught():
+    backbone = Backbone(*tiny.build(["cat"], words(), 0))
+    answers, text = said(backbone, TALK)
+    assert answers == "left <eos>"
+    assert text == f"<bos> {'<image> ' * 36}where is the cat <answer> left <eos>"
+
+
+def test_conversations_that_a_model_cannot_be_given_are_refused():
+    plain = Backbone(*tiny_families.draw("paligemma1"))
+    with pytest.raises(UserError, match="a question and its answer: PaliGemma"):
+        plain.encode_answers(np.zeros((1, SIZE, SIZE, 3), np.uint8), [TURNS])
+    with pytest.raises(UserError, match="special token '<eos>'"):
+        plain.encode_answers(np.zeros((1, SIZE, SIZE, 3), np.uint8), [(TALK[0], ("assistant", "a<eos>"))])
+    headless = Backbone(*tiny_families.draw("kosmos2"))
+    with pytest.raises(UserError, match="Kosmos-2, which is opened without its LM head"):
+        headless.encode_answers(np.zeros((1, SIZE, SIZE, 3), np.uint8), [TALK])
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_several_sets_are_one(tmp_path):
+    folders = [str(demonstrations(tmp_path / name, seed=i)) for i, name in enumerate("ab")]
+    data = DataSpec(folder=folders[0], mixture=(SourceSpec(folder=folders[1], weight=3),))
+    sources = Sources.open(data, folders[0])
+    sets = [Dataset.open(folder) for folder in folders]
+    assert sources.names == ("demonstrations", "b")
+    assert (sources.num_frames, sources.num_episodes, sources.shares) == (32, 4, [0.25, 0.75])
+    assert sources.episode_to.tolist() == [8, 16, 24, 32]
+    frames = np.array([31, 0, 16, 15])
+    assert sources.source(frames).tolist() == [1, 0, 1, 0]
+    own = [sets[1], sets[0], sets[1], sets[0]]
+    for cached in (True, False):
+        pictures = sources.pictures(SIZE, cached)(frames)
+        for picture, each, i in zip(pictures, own, [15, 0, 0, 15], strict=True):
+            assert np.array_equal(picture, each.images(np.array([i]))[0])
+    assert np.array_equal(sources.actions[16:], sets[1].actions)
+    assert sources.frame_weights == pytest.approx(np.repeat([1 / 16, 3 / 16], 16))
+
+
+def test_a_set_alone_is_itself(tmp_path):
+    folder = demonstrations(tmp_path / "a")
+    sources, dataset = Sources.open(DataSpec(folder=str(folder)), folder), Dataset.open(folder)
+    assert (sources.content_hash, sources.frame_weights) == (dataset.content_hash, None)
+
+
+def test_what_all_sources_hold_identifies_them(tmp_path):
+    folder, path = demonstrations(tmp_path / "a"), talks(tmp_path / "talks")
+
+    def opened(weight=1.0):
+        return Sources.open(DataSpec(folder="x", mixture=(SourceSpec(conversations=path, weight=weight),)), folder)
+
+    first = opened()
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "talks" / "3.png")
+    assert opened().content_hash != first.content_hash, "another picture"
+    assert opened(2.0).content_hash != opened().content_hash, "another share"
+    assert opened().content_hash == opened().content_hash
+
+
+def test_sets_that_mean_different_things_are_refused_by_name(tmp_path):
+    first, small = demonstrations(tmp_path / "a"), tmp_path / "small"
+    episode = Episode.encode({"main": np.zeros((4, 64, 64, 3), np.uint8)}, np.zeros((4, 7), np.float32), None, "push")
+    write(small, [episode], CONVENTION, {})
+    write(tmp_path / "libero", [episode], LIBERO, {})
+
+    def opened(other, **data):
+        return Sources.open(DataSpec(folder="x", mixture=(SourceSpec(folder=str(other)),), **data), first)
+
+    with pytest.raises(UserError, match=rf"control_hz: {first} has .*, {tmp_path}/libero has 20.0"):
+        opened(tmp_path / "libero", image_size=96)
+    with pytest.raises(UserError, match=rf"{first} with pictures of \(96, 96\), {small} of \(64, 64\)"):
+        opened(small)
+    assert opened(small, image_size=64).pictures(64, False)(np.array([0, 17])).shape == (2, 64, 64, 3)
+
+
+def test_a_record_with_no_picture_or_several_is_refused_before_training(tmp_path):
+    path = talks(tmp_path / "talks")
+    with open(path, "a") as file:
+        file.write('\n{"images": ["0.png", "1.png"], "conversations": [{"from": "human", "value": "a"}, ')
+        file.write('{"from": "gpt", "value": "b"}]}')
+    data = DataSpec(folder="x", mixture=(SourceSpec(conversations=path),))
+    with pytest.raises(UserError, match="record 6 with 2 pictures"):
+        Sources.open(data, demonstrations(tmp_path / "a"))
+    (tmp_path / "talks" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"1\.png"):
+        Sources.open(data, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {"mixture": [{"weight": 1}]}}, "by folder or by conversations"),
+        ({"data": {"mixture": [{"folder": "a", "images": "b"}]}}, "images given"),
+        (
+            {"data": {"mixture": [{"folder": "a", "wieght": 1}]}},
+            r"mixture.0.wieght: unknown key \(nearest: weight",
+        ),
+        ({"training": {"language_weight": 2}}, "no conversations in data.mixture"),
+        ({"treatment": "freeze_vlm", "data": {"mixture": [{"conversations": "a"}]}}, "trains nothing of the VLM"),
+    ],
+)
+def test_impossible_mixtures_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        parse(RunSpec, values, "run.yaml")
+
+
+def test_without_a_mixture_a_run_is_called_what_it_was():
+    assert "mixture" not in RunSpec().model_dump()["data"]
+    assert "language_weight" not in RunSpec().model_dump()["training"]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Three samples of four are frames of two sets: of the parts of a batch many hold no conversation."""
+    folder = tmp_path_factory.mktemp("job")
+    save_vlm(*tiny.build(["cat"], words(), 0), folder / "vlm")
+    mixture = (
+        SourceSpec(folder=str(demonstrations(folder / "more", seed=1)), weight=0.5),
+        SourceSpec(conversations=talks(folder / "talks"), weight=0.5),
+    )
+    training = TrainSpec(steps=STEPS, batch_size=4, warmup_steps=0, language_weight=0.5)
+    data = DataSpec(folder="x", mixture=mixture)
+    spec = RunSpec(backbone=str(folder / "vlm"), data=data, training=training, head=HeadSpec(hidden=16))
+    return spec, demonstrations(folder / "demos")
+
+
+@pytest.fixture(scope="module")
+def alone(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    run(job, out)
+    return out
+
+
+def test_shares_and_losses_of_every_source_are_told(alone):
+    rows = read_metrics(alone / "metrics.jsonl")
+    for row in rows:
+        shares = {name: row[f"share/{name}"] for name in ("demonstrations", "more", "talks")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        for name, share in shares.items():
+            assert (f"loss/{name}" in row) == (share > 0), "no loss of what a batch does not hold"
+        if "loss/talks" in row:
+            assert row["loss/talks"] == row["loss_language"]
+        action = row["loss_pose"] + 0.01 * row["loss_gripper"]
+        assert row["loss"] == pytest.approx(action + 0.5 * row.get("loss_language", 0), abs=1e-5)
+    assert np.mean([row["share/demonstrations"] for row in rows]) == pytest.approx(0.5, abs=0.15)
+    card = json.loads((alone / "policy" / "policy.json").read_text())["card"]
+    assert [(s["name"], s["samples"], s["share"]) for s in card["sources"]] == [
+        ("demonstrations", 16, 0.5),
+        ("more", 16, 0.25),
+        ("talks", 6, 0.25),
+    ]
+    assert card["audit"]["choices"]["mixture"].endswith("0.5 of talks.jsonl; language weight 0.5")
+
+
+def test_killed_it_goes_on_at_the_exact_sample(job, alone, tmp_path):
+    assert together(1, lambda: run(job, tmp_path, stop=2)) == [9]
+    assert list(tmp_path.glob("checkpoint*"))
+    run(job, tmp_path)
+    for file in ("action.safetensors", "vlm/model.safetensors"):
+        first, second = (load_file(out / "policy" / file) for out in (alone, tmp_path))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_batch_in_parts_is_the_same_batch(job, alone, tmp_path):
+    run(job, tmp_path, accumulate=4)
+    assert_same(alone, tmp_path)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_train_what_one_trains(job, alone, tmp_path, shard):
+    assert together(2, lambda: run(job, tmp_path, shard=shard)) == [0, 0]
+    assert_same(alone, tmp_path)
+
+
+def test_both_losses_fall_and_adapters_are_enough(job, tmp_path):
+    spec, demos = job
+    training = TrainSpec(steps=60, batch_size=8, warmup_steps=0, learning_rate=3e-3)
+    train(spec.model_copy(update={"treatment": "lora", "training": training}), demos, tmp_path, QUIET)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[-1]["loss_language"] < 0.5 * rows[0]["loss_language"]
+    assert rows[-1]["loss_pose"] < rows[0]["loss_pose"]
+
+
+def test_another_mixture_is_another_run(job, alone):
+    spec, demos = job
+    other = spec.model_copy(update={"data": spec.data.model_copy(update={"mixture": spec.data.mixture[1:]})})
+    with pytest.raises(UserError, match="belongs to the run"):
+        train(other, demos, alone, QUIET)
+
+
+def test_frames_are_drawn_for_each_part_as_for_the_whole(job):
+    """Augmentation of a frame does not depend on the part of the batch that it is in."""
+    from vlm4vla.training import imitation
+    from vlm4vla.training.loop import make_batch
+
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imitation, "fit", lambda objective, *_: made.append(objective))
+        train(*job, job[1].parent / "none", QUIET)
+    (objective,) = made
+    assert isinstance(objective, Imitation)
+    whole = make_batch(objective, job[0].training, 0, 1)
+    parts = [make_batch(objective, job[0].training, 0, 1, part, 4) for part in range(4)]
+    for name in ("augment.factor", "target", "inputs.images"):
+        there = [part[name][part["valid"].any(1)] for part in parts]
+        assert torch.equal(torch.cat(there), whole[name])
