@@ -177,7 +177,7 @@ def main() -> None:
         source = checkpoint(options.policy, "cpu", threads=1)
     else:
         source = Source(StandIn(options.latency_ms / 1000, options.item_ms / 1000), "stand-in", 10, CLIENT_SIZE)
-    service = Service(source, resize="bicubic")
+    service = Service(source, resize="bicubic", form="native")
     wait_s = options.max_wait_ms / 1000
     for number in options.clients:
         row = {

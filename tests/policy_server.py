@@ -22,8 +22,9 @@ def picture(shade: int = 100, size: int = 8) -> np.ndarray:
     return np.full((size, size, 3), shade, np.uint8)
 
 
-def service(policy=None, *, chunk=4, image_size=8, state_size=0, **handling) -> Service:
-    return Service(Source(policy or FakePolicy(chunk=chunk), "fake", chunk, image_size, state_size), **handling)
+def service(policy=None, *, chunk=4, image_size=8, state_size=0, form="native", **handling) -> Service:
+    source = Source(policy or FakePolicy(chunk=chunk), "fake", chunk, image_size, state_size)
+    return Service(source, form=form, **handling)
 
 
 def expected(shade: int = 100, chunk: int = 4) -> np.ndarray:

@@ -383,7 +383,7 @@ def test_jpeg_comes_before_resizing():
 
 
 @pytest.mark.parametrize("scheme", ["openpi", "starvla"])
-@pytest.mark.parametrize("form", ["native", "libero"])
+@pytest.mark.parametrize("form", [None, "native", "libero"])
 def test_our_own_server_needs_no_baseline(scheme, form):
     policy = FakePolicy(LIBERO if form == "libero" else CONVENTION)
     with running(service(policy, form=form), token="sesame") as server:

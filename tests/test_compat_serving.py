@@ -79,7 +79,7 @@ def test_vla_eval_agrees_with_our_own_loop_about_a_checkpoint(vla_eval, tmp_path
     with Store(tmp_path / "results.sqlite") as store:
         options = {"image_size": source.image_size, "workers": 1, "progress": False}
         ours = evaluate(source.policy, named, 2, store, "ours", **options)
-    with running(Service(source, execute=named.execute)) as server:
+    with running(Service(source, form="native", execute=named.execute)) as server:
         sim = {"sim": named.sim, "sim_args": named.sim_args | {"image_size": source.image_size}}
         theirs = harness(vla_eval, server, tmp_path, 2, **sim, first_seed=named.first_seed, max_steps=named.max_steps)
     assert theirs == [(result.success, result.steps) for result in ours]

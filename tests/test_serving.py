@@ -181,7 +181,7 @@ def test_a_named_benchmark_gets_what_it_takes(module, convention, action, sent):
         assert reply["type"] == "error"
         assert "control_hz" in reply["payload"]["error"]
         reply = ask(client, frame("observation", observation()))
-        np.testing.assert_allclose(reply["payload"]["actions"], action, rtol=1e-6)  # a refused hello changes nothing
+        assert "control_hz" in reply["payload"]["error"], "and nothing is sent in another form"
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -192,6 +192,36 @@ def test_forms_can_be_read_back(name):
     written = form.written(actions)
     assert set(np.unique(written[..., 6])) == {form.gripper_open, form.gripper_closed}
     np.testing.assert_allclose(form.read(written), actions, atol=1e-5)
+
+
+def test_a_client_that_does_not_say_its_form_gets_no_action():
+    """Nobody chose one for it: each dialect answers with the forms that there are, and goes on if it does so at all."""
+    policy = Constant(LIBERO, [0] * 6 + [1])
+    listed = "chosen for such clients: native, libero, libero_rlds\n"
+    with running(service(policy, chunk=2, form=None)) as server:
+        with server.connect("openpi") as client:
+            assert unpack(client.recv())["vlm4vla"]["form"] == "native"
+            assert listed in ask(client, openpi())
+        with server.connect("openpi") as client:
+            client.recv()
+            assert ask(client, openpi(vlm4vla="native"))["actions"][0, 6] == 1
+            assert ask(client, openpi(vlm4vla="libero"))["actions"][0, 6] == -1
+            assert "nearest: libero" in ask(client, openpi(vlm4vla="librero"))
+        with server.connect("starvla") as client:
+            client.recv()
+            request = {"examples": [{"image": [picture()], "lang": "go"}]}
+            assert listed in ask(client, request)["error"]["message"]
+            assert listed in ask(client, request | {"vlm4vla": ["libero"]})["error"]["message"]
+            assert ask(client, request | {"vlm4vla": "libero"})["data"]["actions"][0, 0, 6] == -1
+        with server.connect("vla-eval") as client:
+            assert listed in ask(client, frame("observation", observation()))["payload"]["error"]
+            hello = {"harness_version": "0.8.0", "protocol_version": 1}
+            for unknown in ({}, {"benchmark": "vla_eval.benchmarks.robocasa.benchmark:Any"}):
+                assert listed in ask(client, frame("hello", hello | unknown))["payload"]["error"]
+                assert listed in ask(client, frame("observation", observation()))["payload"]["error"]
+            known = ask(client, frame("hello", {**hello, "benchmark": "vla_eval.benchmarks.libero.benchmark:Any"}))
+            assert known["payload"]["vlm4vla"]["form"] == "libero"
+            assert ask(client, frame("observation", observation()))["payload"]["actions"][6] == -1
 
 
 def test_a_form_goes_with_its_convention_only():

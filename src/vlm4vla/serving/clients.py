@@ -24,6 +24,7 @@ from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
 from vlm4vla.serving.baseline import Baseline
 from vlm4vla.serving.codec import MalformedMessage, array, pack, unpack
+from vlm4vla.serving.service import OWN_KEY
 from vlm4vla.serving.wire import form
 from vlm4vla.types import ActionChunk, Observation
 
@@ -43,7 +44,8 @@ class Remote(ABC):
     Args:
         address: ``host:port``.
         baseline: how it sees and acts.
-        convention: of the chunks that ``predict`` returns; by default the one that the baseline's form belongs to.
+        convention: what our own server says that its chunks are; None: another project's server, whose convention is
+            that of the baseline's form.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Remote(ABC):
     ):
         self.address, self.baseline, self._token = address, baseline, token
         known = form(baseline.form)
+        self._own = {} if convention is None else {OWN_KEY: baseline.form}
         self._read: Callable[[np.ndarray], np.ndarray] = known.read if known else np.asarray
         written = known.convention if known else convention
         assert written is not None, "native actions come with their convention"
@@ -132,7 +135,7 @@ class OpenPi(Sockets):
     def _message(self, observation: Observation) -> dict:
         look = self.baseline
         message: dict = dict(zip(look.cameras.values(), look.pictures(observation), strict=True))
-        message["prompt"] = look.instruction(observation)
+        message |= {"prompt": look.instruction(observation), **self._own}
         if look.state is not None:
             message[look.state] = look.proprioception(observation)
         return message
@@ -143,6 +146,7 @@ class StarVLA(Sockets):
 
     def predict(self, observations: Sequence[Observation]) -> list[ActionChunk]:
         message: dict = {"examples": [self._example(each) for each in observations], "do_sample": False}
+        message |= self._own
         if self.baseline.unnorm_key is not None:
             message["unnorm_key"] = self.baseline.unnorm_key
         reply = self._ask(message)

@@ -23,7 +23,6 @@ from vlm4vla import __version__
 from vlm4vla.errors import UserError
 from vlm4vla.serving.codec import MalformedMessage, pack, unpack
 from vlm4vla.serving.service import OWN_KEY, Service
-from vlm4vla.serving.wire import check_form
 from vlm4vla.types import ActionChunk, Observation
 
 Act = Callable[[Observation], Awaitable[ActionChunk]]
@@ -81,20 +80,21 @@ class OpenPi:
 
     async def answer(self, message: bytes) -> bytes:
         started = time.perf_counter()
-        observation = await self._observation(message)
+        values = read(message)
+        form = self._service.form_of(values.get(OWN_KEY))
+        observation = await self._observation(values)
         asked = time.perf_counter()
         chunk = await self._act(observation)
         now = time.perf_counter()
         timing = {"infer_ms": (now - asked) * 1000}
-        actions = self._service.actions(chunk, self._service.form)
+        actions = self._service.actions(chunk, form)
         reply: dict = {"actions": actions, "policy_timing": timing, "server_timing": {**timing}}
         if self._previous_ms is not None:
             reply["server_timing"]["prev_total_ms"] = self._previous_ms
         self._previous_ms = (now - started) * 1000
         return pack(reply)
 
-    async def _observation(self, message: bytes) -> Observation:
-        values = read(message)
+    async def _observation(self, values: dict) -> Observation:
         state = values.get("observation/state")
         if state is None and "observation/joint_position" in values:  # DROID: seven joints and the gripper
             state = [values["observation/joint_position"], values.get("observation/gripper_position", [])]
@@ -145,9 +145,10 @@ class StarVLA:
         request = values.pop("payload") if "payload" in values else values
         if not isinstance(request, dict):
             raise MalformedMessage("a payload that is not a dict")
+        form = self._service.form_of(request.pop(OWN_KEY, None))
         observations = await asyncio.gather(*(self._observation(example) for example in self._examples(request)))
         chunks = await asyncio.gather(*(self._act(each) for each in observations))
-        data = {"actions": np.stack([self._service.actions(chunk, self._service.form) for chunk in chunks])}
+        data = {"actions": np.stack([self._service.actions(chunk, form) for chunk in chunks])}
         return pack({"status": "ok", "ok": True, **self._about, "data": data})
 
     def _examples(self, request: dict) -> list:
@@ -191,7 +192,8 @@ class VlaEval:
 
     def __init__(self, service: Service, act: Act):
         self._service, self._act = service, act
-        self._form = service.form
+        self._said: str | None = None
+        """The form of the benchmark that the client named."""
         self._left: deque[np.ndarray] = deque()
         self._seq = 0
 
@@ -225,24 +227,24 @@ class VlaEval:
 
     def _hello(self, benchmark: Any) -> dict:
         service = self._service
-        asked = self.FORMS.get(str(benchmark).partition(":")[0], service.form)
-        check_form(asked, service.source.policy.convention)
-        self._form = asked
+        self._said = self.FORMS.get(str(benchmark).partition(":")[0])
+        form = service.form_of(self._said)
         return {
             "harness_version": __version__,
             "protocol_version": 1,
             "model_server": f"vlm4vla {service.source.name}",
             "capabilities": {},
             "observation_params": {"send_state": True} if service.source.state_size else {},
-            OWN_KEY: {**service.about, "form": self._form},
+            OWN_KEY: {**service.about, "form": form},
         }
 
     async def _next(self, payload: dict) -> np.ndarray:
         if payload.get("episode_restart") is True:  # CALVIN: the next instruction of a chain
             self._left.clear()
         if not self._left:
+            form = self._service.form_of(self._said)
             observation = await self._observation(payload)
-            actions = self._service.actions(await self._act(observation), self._form)
+            actions = self._service.actions(await self._act(observation), form)
             self._left.extend(actions[: self._service.execute or None])
         return self._left.popleft()
 

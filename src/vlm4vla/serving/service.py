@@ -9,7 +9,7 @@ import numpy as np
 from vlm4vla.errors import UserError
 from vlm4vla.pictures import resized
 from vlm4vla.serving.sources import Source
-from vlm4vla.serving.wire import NATIVE, check_form, form
+from vlm4vla.serving.wire import NATIVE, check_form, form, forms_of
 from vlm4vla.types import ActionChunk, Observation
 
 RESIZE = ("refuse", "nearest", "bilinear", "bicubic", "lanczos")
@@ -18,7 +18,8 @@ MAX_INSTRUCTION = 1000
 """Characters. A batch is as long as its longest prompt, so one client could make all others wait."""
 FORMAT = 1
 OWN_KEY = "vlm4vla"
-"""Our entry in the dialects' metadata; other projects' clients pass over it, ours needs nothing else."""
+"""Our entry in the dialects' metadata, and in our clients' messages the form that they read. Other projects' clients
+pass over the first and lack the second."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Service:
 
     source: Source
     resize: str = "refuse"
-    form: str = NATIVE
-    """How clients that do not name their benchmark get actions (``wire.FORMS``)."""
+    form: str | None = None
+    """How clients that do not say what they take get actions (``wire.FORMS``, or ``native``); None: they get none."""
     execute: int = 0
     """Actions of each chunk that are handed out one by one (vla-eval); 0: all."""
 
@@ -51,6 +52,22 @@ class Service:
         if image.shape[:2] != (self.source.image_size, self.source.image_size):
             image = await asyncio.to_thread(self._resized, image)
         return Observation({"main": image}, instruction, numbers)
+
+    def form_of(self, said: Any) -> str:
+        """The form for a client: the one that it said, else the one that was chosen for all.
+
+        Raises ``UserError`` where neither is known (a wrong form still moves the robot), or where the policy's actions
+        cannot be written so.
+        """
+        name, convention = self.form if said is None else said, self.source.policy.convention
+        if not isinstance(name, str):
+            raise UserError(
+                "a client that does not say how it takes actions",
+                f"one of the forms of this policy, chosen for such clients: {', '.join(forms_of(convention))}",
+                "vlm4vla serve POLICY --form FORM   (docs/serving.md says who writes how)",
+            )
+        check_form(name, convention)
+        return name
 
     def actions(self, chunk: ActionChunk, form_name: str) -> np.ndarray:
         """What is sent for a chunk: (H, A) float32 in the named form."""
@@ -93,7 +110,7 @@ class Service:
             "chunk": self.source.chunk,
             "image_size": self.source.image_size,
             "resize": self.resize,
-            "form": self.form,
+            "form": self.form or NATIVE,
             "state_size": self.source.state_size,
         }
 
@@ -106,7 +123,8 @@ class Service:
         """
         if self.resize not in RESIZE:
             raise UserError(f"--resize {self.resize}", f"one of {', '.join(RESIZE)}", "name one of them")
-        check_form(self.form, self.source.policy.convention)
+        if self.form is not None:
+            check_form(self.form, self.source.policy.convention)
         if self.execute > self.source.chunk:
             found, chunk = f"--execute {self.execute}", self.source.chunk
             raise UserError(found, f"at most the {chunk} actions of a chunk", f"use --execute {chunk}")

@@ -81,6 +81,11 @@ def form(name: str) -> Form | None:
     return FORMS.get(name)
 
 
+def forms_of(convention: Convention) -> list[str]:
+    """The forms in which actions of ``convention`` can be written."""
+    return [NATIVE, *(name for name, known in FORMS.items() if known.convention == convention)]
+
+
 def check_form(name: str, convention: Convention) -> None:
     """Raise ``UserError`` unless actions of ``convention`` can be written in the form ``name``."""
     if known := form(name):

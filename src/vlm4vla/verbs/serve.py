@@ -12,7 +12,7 @@ from vlm4vla.verbs.shared import device_option, threads_option
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every network; set a token then.")
 @click.option("--token", envvar="VLM4VLA_TOKEN", help="What clients must show; better by the variable VLM4VLA_TOKEN.")
-@click.option("--form", default="native", show_default=True, help="How actions are written (docs/serving.md).")
+@click.option("--form", help="How clients that do not say it get actions; without it they get none (docs/serving.md).")
 @click.option(
     "--resize", default="refuse", show_default=True, help="What to do with pictures of another size: bicubic, ..."
 )
@@ -33,7 +33,7 @@ def serve(
     listen: tuple[str, ...],
     host: str,
     token: str | None,
-    form: str,
+    form: str | None,
     resize: str,
     execute: int | None,
     max_batch: int,
