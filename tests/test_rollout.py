@@ -15,7 +15,7 @@ from PIL import Image
 
 from fake_sim import CONVENTION, FIRST_SEED, FakePolicy, FakeSim, protocol
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation.ensemble import blend
+from vlm4vla.evaluation.execution import blend, delay_opening
 from vlm4vla.evaluation.rollout import TRIES, evaluate
 from vlm4vla.sims.worker import Worker
 from vlm4vla.studies.store import Store
@@ -228,6 +228,47 @@ def test_ensembling_averages_the_predictions_of_a_step(store):
     results = run(store, named=named)
     assert outcomes(results) == outcomes(run(store, "alone", named=named, workers=1))
     assert [r.steps for r in results] != [r.steps for r in run(store, "plain")], "it acts otherwise"
+
+
+def test_a_sticky_gripper_opens_at_the_second_request_in_a_row(store, monkeypatch):
+    """Whatever the chunks' lengths, counted over an episode; everything else of an action stays."""
+    asked = np.array([1, 1, 0, 1, 0, 1, 1, 1, 0, 0, 1, 1], np.float32)
+    wanted = [0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1]
+    actions = np.tile(np.arange(7, dtype=np.float32), (12, 1))
+    actions[:, -1] = asked
+    for size in (1, 3, 4, 12):
+        count, done = 0, []
+        for start in range(0, 12, size):
+            part, count = delay_opening(actions[start : start + size], count, 2)
+            done.append(part)
+        whole = np.concatenate(done)
+        assert whole[:, -1].tolist() == wanted
+        np.testing.assert_array_equal(whole[:, :-1], actions[:, :-1])
+    assert actions[:, -1].tolist() == asked.tolist(), "the prediction itself is untouched"
+
+    sent, send = [], Worker.send
+    monkeypatch.setattr(
+        Worker,
+        "send",
+        lambda self, do, actions=None, **more: (sent.append(actions), send(self, do, actions, **more))[1],
+    )
+
+    class Opening(FakePolicy):
+        def predict(self, observations):
+            return [
+                replace(c, actions=c.actions + np.eye(7, dtype=np.float32)[6]) for c in super().predict(observations)
+            ]
+
+    def grippers(name, **options):
+        sent.clear()
+        run(store, name, Opening(), replace(protocol(f"fake/{name}/v1"), **options), episodes=2, workers=1)
+        return [part[:, -1].tolist() for part in sent if part is not None]
+
+    plain, sticky = grippers("plain"), grippers("sticky", open_after=2)
+    assert {tuple(part) for part in plain} == {(1.0, 1.0, 1.0)}
+    firsts = [i for i, part in enumerate(sticky) if part != [1.0, 1.0, 1.0]]
+    assert [sticky[i] for i in firsts] == [[0.0, 1.0, 1.0]] * 2, "each episode begins with a count of 0"
+    assert firsts[0] == 0
 
 
 def test_a_protocol_keeps_its_meaning_in_a_store(store):

@@ -71,5 +71,8 @@ def test_the_success_rule_is_part_of_the_name():
     assert (last.sim_args["success"], first.sim_args["success"]) == ("last", "any")
     assert (last.max_steps, protocol("simpler_bridge/ms3/eggplant/v1").max_steps) == (60, 120)
     assert last.num_episodes == 24
+    sticky = protocol("simpler_bridge/ms3/stack/sticky/v1")
+    assert (sticky.open_after, last.open_after, first.open_after) == (2, None, None)
+    assert sticky.to_dict() == {**last.to_dict(), "name": sticky.name, "open_after": 2}
     with pytest.raises(UserError, match="nearest: spoon"):
         simpler.Simpler("spon")

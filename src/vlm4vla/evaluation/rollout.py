@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vlm4vla import __version__
 from vlm4vla.convention import Convention, check_same
 from vlm4vla.errors import UserError
-from vlm4vla.evaluation.ensemble import blend
+from vlm4vla.evaluation.execution import blend, delay_opening
 from vlm4vla.evaluation.filmstrip import write_strip
 from vlm4vla.evaluation.interval import wilson
 from vlm4vla.evaluation.video import video_path, write_video
@@ -67,6 +67,8 @@ class Attempt:
     frame_steps: list[int] = field(default_factory=list)
     chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     """For temporal ensembling: the step of each prediction, and its (H, A) actions."""
+    asked_open: int = 0
+    """For ``Protocol.open_after``: executed actions in a row that asked for an open gripper."""
     timings: dict[str, float] = field(default_factory=lambda: {"sim": 0.0, "render": 0.0, "infer": 0.0})
     started: float = 0.0
 
@@ -243,7 +245,7 @@ class _Evaluation:
             worker.send("execute", actions=self._executable(attempt, chunk), look=True)
 
     def _executable(self, attempt: Attempt, chunk: ActionChunk) -> np.ndarray:
-        """The next ``protocol.execute`` actions (n, A): the first of a chunk, or what the episode's chunks agree on."""
+        """The next ``protocol.execute`` actions (n, A), made of a chunk as the protocol says."""
         if len(chunk.actions) < self.protocol.execute:
             raise UserError(
                 f"action chunks of {len(chunk.actions)}",
@@ -252,10 +254,13 @@ class _Evaluation:
             )
         if not np.isfinite(chunk.actions).all():
             raise UserError("a predicted action that is not finite", "finite actions", "look at the training's loss")
-        if self.protocol.ensemble is None:
-            return chunk.actions[: self.protocol.execute]
-        attempt.chunks.append((attempt.steps, chunk.actions))
-        return blend(attempt.chunks, attempt.steps, self.protocol.execute, self.protocol.ensemble)
+        actions = chunk.actions[: self.protocol.execute]
+        if self.protocol.ensemble is not None:
+            attempt.chunks.append((attempt.steps, chunk.actions))
+            actions = blend(attempt.chunks, attempt.steps, self.protocol.execute, self.protocol.ensemble)
+        if self.protocol.open_after is not None:
+            actions, attempt.asked_open = delay_opening(actions, attempt.asked_open, self.protocol.open_after)
+        return actions
 
     def _check_made(self, reply: Reply) -> None:
         convention = Convention.from_dict(reply.made["convention"])

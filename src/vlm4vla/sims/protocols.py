@@ -43,6 +43,8 @@ class Protocol:
     ensemble: float | None = None
     """Temporal ensembling (arXiv 2304.13705): an executed action is the mean of all predictions for its step, weighted
     by exp(-ensemble x age rank), the oldest first. None: the newest chunk alone."""
+    open_after: int | None = None
+    """The gripper opens from the so many-th executed action in a row that asks for it. None: when it is asked."""
 
     def to_dict(self) -> dict:
         """Fields that are None are left out: a field that is added later changes no identity."""
@@ -130,14 +132,15 @@ def _calvin() -> list[Protocol]:
 
 
 def _simpler() -> list[Protocol]:
-    """``simpler_bridge/ms3/{task}/v1``, judged at the last step; ``.../{task}/any/v1``, ended by the first success."""
-    rules = {
-        "last": "the object is on its target after the last step (carrot, stack: and touches nothing else)",
-        "any": "the object is on its target after any step (carrot, stack: and touches nothing else), which ends it",
-    }
+    """``simpler_bridge/ms3/{task}/v1``, judged at the last step; ``.../{task}/any/v1``, ended by the first success;
+    ``.../{task}/sticky/v1``, judged at the last step with the gripper of VLM4VLA's release, which opens from the second
+    action in a row that asks for it (also at an episode's start: its first step closes)."""
+    last = "the object is on its target after the last step (carrot, stack: and touches nothing else)"
+    any_step = "the object is on its target after any step (carrot, stack: and touches nothing else), which ends it"
+    variants = (("", "last", last, None), ("any/", "any", any_step, None), ("sticky/", "last", last, 2))
     return [
         Protocol(
-            name=f"simpler_bridge/ms3/{name}{'/any' if success == 'any' else ''}/v1",
+            name=f"simpler_bridge/ms3/{name}/{variant}v1",
             sim="simpler",
             sim_args={"task": name, "success": success},
             first_seed=0,
@@ -146,9 +149,10 @@ def _simpler() -> list[Protocol]:
             success_rule=rule,
             num_episodes=simpler.NUM_EPISODES,
             image="640 x 480 over the photograph, bicubic to the policy's square",
+            open_after=open_after,
         )
         for name, task in simpler.TASKS.items()
-        for success, rule in rules.items()
+        for variant, success, rule, open_after in variants
     ]
 
 
