@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from fake_sim import CONVENTION
 from vlm4vla.evaluation.filmstrip import write_strip
+from vlm4vla.sims.calvin import CHAIN
 from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies import matrix
 from vlm4vla.studies.store import Store
@@ -24,7 +25,8 @@ settings.load_profile("patient")
 
 TRAIN, VAL = "grinningface/place/train/v1", "grinningface/place/val/v1"
 Behaviour = dict[str, dict[str, tuple[float, float]]]
-"""Treatment -> protocol -> (probability of placing, of choosing the named card when placing)."""
+"""Treatment -> protocol -> (probability of placing, of choosing the named card when placing). CALVIN: (probability of
+each task after the one before, anything)."""
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +75,7 @@ def write_study(
     steps = 1000
     values = {
         "name": "synthetic",
-        "base": {"training": {"steps": steps, "checkpoints": 4 if curve else 1}},
+        "base": {"training": {"steps": steps, "checkpoints": 4 if curve else 1}, "head": {"chunk": 10}},
         "matrix": {"treatment": list(behaviour), "seed": list(seeds)},
         "evaluate": {"protocols": names, "episodes": episodes, "curve_episodes": episodes // 2 if curve else 0},
     }
@@ -109,15 +111,21 @@ def write_study(
 def _episode(
     name: str, episode: int, place: float, choose: float, rng: np.random.Generator, fault: bool
 ) -> EpisodeResult:
-    placed = bool(rng.random() < place)
-    right = bool(rng.random() < choose) if placed else None
+    if protocol(name).sim == "calvin":
+        length = int(np.cumprod(rng.random(CHAIN) < place).sum())
+        success, credits = length == CHAIN, {f"success_{i}": length >= i for i in range(1, CHAIN + 1)}
+        credits["length"] = length
+    else:
+        placed = bool(rng.random() < place)
+        right = bool(rng.random() < choose) if placed else None
+        success, credits = placed and bool(right), {"execution": placed, "recognition": right}
     return EpisodeResult(
         protocol=name,
         episode=episode,
         seed=protocol(name).first_seed + episode,
-        success=None if fault else placed and bool(right),
+        success=None if fault else success,
         steps=0 if fault else int(rng.integers(12, 30)),
-        credits={} if fault else {"execution": placed, "recognition": right},
+        credits={} if fault else credits,
         instruction="pick the block and place it on hot pepper",
         versions={"mujoco": "4.0.0"},
         fault="the worker died three times" if fault else None,

@@ -12,10 +12,11 @@ from vlm4vla.errors import UserError
 from vlm4vla.reporting import conclusions, html, plots, published, tables
 from vlm4vla.reporting.published import judge
 from vlm4vla.studies.matrix import RESULTS, Study, plan
-from vlm4vla.studies.stats import MIN_SEEDS, Difference, Rate
+from vlm4vla.studies.stats import MIN_SEEDS, Difference, Mean, Rate
 from vlm4vla.studies.store import Store
 from vlm4vla.types import EpisodeResult
 
+CALVIN = "calvin_abc_d/v1"
 APART = {"full": {TRAIN: (0.95, 0.95), VAL: (0.9, 0.85)}, "scratch": {TRAIN: (0.9, 0.5), VAL: (0.9, 0.33)}}
 OVERLAPPING = {"full": {VAL: (0.9, 0.6)}, "freeze_vision": {VAL: (0.9, 0.6)}}
 
@@ -250,6 +251,52 @@ def test_the_page_shows_every_rate_run_and_protocol(page: tuple[tables.Results, 
         assert run.data_hash in text
     assert all(f"<h3>{name}</h3>" in text for name in results.protocol_names)
     assert "2.13.0" in text
+
+
+def test_chains_are_shown_task_by_task_and_by_their_average_length(study_folder):
+    """CALVIN beside a benchmark of single tasks, each with its own columns; the length leads."""
+    behaviour = {"full": {CALVIN: (0.9, 1.0), VAL: (0.9, 0.9)}, "scratch": {CALVIN: (0.5, 1.0), VAL: (0.9, 0.3)}}
+    folder = study_folder(behaviour, episodes=60, curve=True, faults=1)
+    results = tables.load(folder)
+    for treatment in behaviour:
+        chains = [r for cell in results.select(CALVIN, treatment) for r in cell.results if r.success is not None]
+        length = results.rate(treatment, CALVIN, "length")
+        assert isinstance(length, Mean)
+        assert (length.n, length.top) == (3 * 59, 5)
+        assert length.estimate == pytest.approx(sum(r.credits["length"] for r in chains) / len(chains))
+        assert 0 < length.low < length.estimate < length.high < 5
+        rates = [results.rate(treatment, CALVIN, f"success_{i}") for i in range(1, 6)]
+        assert [rate.k for rate in rates] == [sum(r.credits["length"] >= i for r in chains) for i in range(1, 6)]
+        assert length.estimate == pytest.approx(sum(rate.estimate for rate in rates))
+        assert rates[4] == results.rate(treatment, CALVIN, "success")
+
+    assert conclusions.lead(results, CALVIN) == (CALVIN, "length")
+    first, second = (results.rate(t, CALVIN, "length") for t in ("full", "scratch"))
+    (pair,) = tables.comparisons(results, CALVIN, "length")
+    text = text_of(results)
+    assert f"full {first.estimate:.2f} [{first.low:.2f}, {first.high:.2f}] (n = 177)" in text
+    assert pair.apart
+    gap = pair.difference
+    assert f"Apart: full above scratch by {gap.estimate:.2f} tasks [{gap.low:.2f}, {gap.high:.2f}]" in text
+    assert gap.estimate == pytest.approx(first.estimate - second.estimate)
+
+    page = html.report(folder, folder / "report.html").read_text()
+    heads = [re.findall("<th>(.*?)</th>", part) for part in page.split('<table class="results">')[1:]]
+    rows = [f"{i} in a row" for i in range(1, 6)]
+    assert heads[0][:7] == ["treatment", *rows, "average length"]
+    assert heads[1][:4] == ["treatment", "success", "execution", "recognition"]
+    assert f"<b>{first.estimate:.2f}</b>" in page
+    assert '<span class="count">177 chains</span>' in page
+    assert f"{CALVIN}: tasks in a row</figcaption>" in page
+    assert f"{CALVIN}: average length, {CALVIN}</figcaption>" in page
+
+
+def test_a_calvin_study_leads_with_the_length(study_folder):
+    folder = study_folder({"full": {CALVIN: (0.9, 1.0)}, "scratch": {CALVIN: (0.5, 1.0)}}, episodes=60, seeds=(0,))
+    results = tables.load(folder)
+    first, second = (results.rate(t, CALVIN, "length") for t in ("full", "scratch"))
+    said = f"full lies above scratch as trained here, {first.estimate:.2f} against {second.estimate:.2f}"
+    assert conclusions.headline(results) == f"Average length on {CALVIN}: {said}"
 
 
 def test_a_run_card_names_the_weights_it_started_from(study_folder):

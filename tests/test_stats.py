@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from vlm4vla.evaluation.interval import wilson
 from vlm4vla.studies import stats
-from vlm4vla.studies.stats import difference, paired, pooled, summarise
+from vlm4vla.studies.stats import difference, mean_length, paired, pooled, summarise
 from vlm4vla.types import EpisodeResult
 
 
@@ -138,3 +138,34 @@ def test_pooling_covers(monkeypatch, num_seeds, floor):
         plain += low <= truth <= high
     assert hits / trials >= floor
     assert plain / trials < 0.85, "Wilson alone would be too narrow here; otherwise this test shows nothing"
+
+
+def chains(lengths):
+    return [EpisodeResult("calvin_abc_d/v1", i, i, n == 5, 9, {"length": n}) for i, n in enumerate(lengths)]
+
+
+def test_the_average_length_has_the_width_that_its_spread_gives():
+    """With many chains the bootstrap's interval is the normal one; seeds that differ make it wider."""
+    lengths = np.random.default_rng(0).integers(0, 6, 400)
+    one = mean_length([chains(lengths)])
+    half = 1.96 * lengths.std() / np.sqrt(400)
+    assert one.estimate == pytest.approx(lengths.mean())
+    assert (one.low, one.high) == pytest.approx((one.estimate - half, one.estimate + half), abs=0.03)
+    assert (one.n, one.method) == (400, "bootstrap over chains")
+    seeds = [chains(np.clip(lengths + shift, 0, 5)) for shift in (-1, 0, 1)]
+    three = mean_length(seeds)
+    assert three.high - three.low > 2 * (one.high - one.low)
+    assert three.method == "bootstrap over 3 training seeds and chains"
+    assert mean_length(seeds[:2]).method == "bootstrap over chains"
+    gap = difference(one, three)
+    assert gap.low < one.estimate - three.estimate < gap.high
+
+
+def test_chains_of_one_length_leave_room_for_others():
+    none, all_five = mean_length([chains([0] * 20)]), mean_length([chains([5] * 20)])
+    assert none.low == 0
+    assert none.high == pytest.approx(5 * summarise(episodes([False] * 20)).high)
+    assert all_five.high == 5
+    assert all_five.low == pytest.approx(5 * summarise(episodes([True] * 20)).low)
+    with pytest.raises(ValueError, match="needs a chain"):
+        mean_length([[]])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlm4vla.reporting.conclusions import headline
 from vlm4vla.reporting.html import report
-from vlm4vla.reporting.tables import METRICS, Results
+from vlm4vla.reporting.tables import Results, metrics
 from vlm4vla.reporting.tables import load as load_results
 from vlm4vla.spec import Runtime
 from vlm4vla.studies import matrix, runner
@@ -32,9 +32,10 @@ def demo(out: Path, smoke: bool, jobs: int) -> Path:
 
 def table(results: Results) -> str:
     """The headline and a line for each treatment and protocol."""
-    lines: list[tuple[str, ...]] = [("protocol", "treatment", *METRICS)]
+    columns = metrics(results.protocol_names[0])
+    lines: list[tuple[str, ...]] = [("protocol", "treatment", *columns)]
     for row in results.rows:
-        lines.append((row.protocol, row.treatment, *(str(row.rates.get(metric, "-")) for metric in METRICS)))
+        lines.append((row.protocol, row.treatment, *(str(row.rates.get(metric, "-")) for metric in columns)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([headline(results), "", *text])

@@ -5,8 +5,8 @@ difference could have been missed, not that there is none. Below ``stats.MIN_SEE
 about these trained policies, not about the treatment.
 """
 
-from vlm4vla.reporting.tables import Comparison, Results, comparisons, setting, split
-from vlm4vla.studies.stats import MIN_SEEDS, Rate
+from vlm4vla.reporting.tables import LENGTH, Comparison, Results, comparisons, label, metrics, setting, split
+from vlm4vla.studies.stats import MIN_SEEDS, Estimate, Mean, Rate
 
 UNSEEN = ("val", "hard")
 """Splits whose emojis are in no demonstration."""
@@ -16,7 +16,7 @@ def headline(results: Results) -> str:
     """One sentence: the clearest thing that the intervals allow."""
     name, metric = lead(results, results.settings[0])
     pairs = comparisons(results, name, metric)
-    where = f"{metric} on {_split_words(name)}"
+    where = f"{label(metric)} on {_split_words(name)}"
     incomplete = " (preliminary)" if results.missing else ""
     if not pairs:
         known = [f"{t} {_rate(rate)}" for t in results.treatments if (rate := results.rate(t, name, metric))]
@@ -25,17 +25,19 @@ def headline(results: Results) -> str:
     if not apart:
         return f"No two treatments can be told apart by {where}{incomplete}"
     widest = max(apart, key=lambda pair: pair.difference.estimate)
-    rates = " against ".join(f"{rate.estimate:.0%}" for rate in widest.rates)
+    rates = " against ".join(_value(rate.estimate, rate) for rate in widest.rates)
     few = " as trained here" if {widest.first, widest.second} & set(_few_seeds(results, name)) else ""
     return f"{_capital(where)}: {widest.first} lies above {widest.second}{few}, {rates}{incomplete}"
 
 
 def lead(results: Results, where: str) -> tuple[str, str]:
-    """The protocol and metric that a setting is judged by first: recognition of unseen emojis.
+    """The protocol and metric that a setting is judged by first: recognition of unseen emojis, the length of chains.
 
     Success, where that was measured of no treatment, or of only some of those that were evaluated.
     """
     names = [name for name in results.protocol_names if setting(name) == where]
+    if LENGTH in metrics(names[0]):
+        return names[0], LENGTH
     for wanted in UNSEEN:
         for name in names:
             evaluated = [t for t in results.treatments if results.rate(t, name, "success")]
@@ -53,7 +55,7 @@ def paragraphs(results: Results) -> list[tuple[str, str]]:
         names = [name for name in results.protocol_names if setting(name) == where]
         rest = [(name, "success") for name in names if (name, "success") != first]
         said += [
-            (f"{where}, {metric} on {_split_words(name)}", _protocol(results, name, metric))
+            (f"{where}, {label(metric)} on {_split_words(name)}", _protocol(results, name, metric))
             for name, metric in (first, *rest)
         ]
     return [*said, ("What cannot be concluded", limits(results))]
@@ -72,7 +74,8 @@ def _protocol(results: Results, name: str, metric: str) -> str:
         sentences.append(f"Not measured: {_list(absent)}.")
     if metric == "recognition":
         sentences += _against_chance(rates, results.chance.get(name))
-        counted = [f"{rate.n} of {rate.n + rate.undefined} ({t})" for t, rate in rates.items() if rate.undefined]
+        partly = {t: rate for t, rate in rates.items() if isinstance(rate, Rate) and rate.undefined}
+        counted = [f"{rate.n} of {rate.n + rate.undefined} ({t})" for t, rate in partly.items()]
         if counted:
             sentences.append(f"The cube went to a card in {_list(counted)} episodes; only these count here.")
     return " ".join(sentences + _pairs(comparisons(results, name, metric), _few_seeds(results, name)))
@@ -83,7 +86,7 @@ def _few_seeds(results: Results, name: str) -> list[str]:
     return [row.treatment for row in results.rows if row.protocol == name and row.seeds < MIN_SEEDS]
 
 
-def _against_chance(rates: dict[str, Rate], chance: float | None) -> list[str]:
+def _against_chance(rates: dict[str, Estimate], chance: float | None) -> list[str]:
     if chance is None:
         return []
     groups = {
@@ -107,7 +110,7 @@ def _pairs(pairs: list[Comparison], few: list[str]) -> list[str]:
             missed = max(abs(pair.difference.low), abs(pair.difference.high))
             sentences.append(
                 f"{pair.first} and {pair.second} are not told apart ({_points(pair)}): "
-                f"a difference of up to {_number(missed)} cannot be excluded."
+                f"a difference of up to {_size(missed, pair)} cannot be excluded."
             )
     return sentences
 
@@ -158,16 +161,25 @@ def _split_words(name: str) -> str:
     return words.get(split(name), split(name) or name)
 
 
-def _rate(rate: Rate) -> str:
-    return f"{rate.estimate:.0%} [{rate.low:.0%}, {rate.high:.0%}] (n = {rate.n})"
+def _rate(rate: Estimate) -> str:
+    shown = [_value(value, rate) for value in (rate.estimate, rate.low, rate.high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}] (n = {rate.n})"
+
+
+def _value(value: float, of: Estimate) -> str:
+    return f"{value:.2f}" if isinstance(of, Mean) else f"{value:.0%}"
 
 
 def _points(pair: Comparison) -> str:
     gap = pair.difference
-    return f"{_number(gap.estimate)} [{100 * gap.low:.0f}, {100 * gap.high:.0f}]"
+    low, high = (f"{v:.2f}" if isinstance(pair.rates[0], Mean) else f"{100 * v:.0f}" for v in (gap.low, gap.high))
+    return f"{_size(gap.estimate, pair)} [{low}, {high}]"
 
 
-def _number(difference: float) -> str:
+def _size(difference: float, pair: Comparison) -> str:
+    """A difference of means in tasks, of rates in points."""
+    if isinstance(pair.rates[0], Mean):
+        return f"{difference:.2f} tasks"
     points = f"{100 * difference:.0f}"
     return f"{points} point{'' if points == '1' else 's'}"
 

@@ -20,10 +20,24 @@ from vlm4vla.files import write_text
 from vlm4vla.metrics import read_metrics
 from vlm4vla.reporting import conclusions, plots, published
 from vlm4vla.reporting.plots import Point
-from vlm4vla.reporting.tables import METRICS, STUDY, Cell, Results, Row, load, pool, setting, split
+from vlm4vla.reporting.tables import (
+    IN_A_ROW,
+    LENGTH,
+    STUDY,
+    Cell,
+    Results,
+    Row,
+    label,
+    load,
+    metrics,
+    pool,
+    setting,
+    split,
+)
+from vlm4vla.sims.calvin import CHAIN
 from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies.runner import run_folder
-from vlm4vla.studies.stats import Rate
+from vlm4vla.studies.stats import Estimate
 
 TEMPLATE = "report.html.j2"
 FRAMES = 6
@@ -76,7 +90,8 @@ def context(results: Results) -> dict[str, Any]:
             "episodes": f"{finished:,}",
             "cells complete": f"{len(results.cells) - len(results.missing)} of {len(results.cells)}",
         },
-        "metrics": METRICS,
+        "metrics": metrics,
+        "label": label,
         "colours": colours,
         "tables": [
             (name, split(name), [r for r in results.rows if r.protocol == name]) for name in results.protocol_names
@@ -102,16 +117,22 @@ def context(results: Results) -> dict[str, Any]:
     }
 
 
-def point(rate: Rate | None) -> Point:
+def point(rate: Estimate | None) -> Point:
     return Point(rate.estimate, rate.low, rate.high) if rate and rate.n else Point(None)
 
 
 def _dots(results: Results) -> list[Markup]:
-    """A panel for each setting and metric: a line per split, a mark per treatment."""
+    """A panel for each setting and metric: a line per split, a mark per treatment. Of chains, one with a line for each
+    number of tasks in a row."""
     panels = []
     for where in results.settings:
         names = [name for name in results.protocol_names if setting(name) == where]
-        for metric in METRICS:
+        if LENGTH in metrics(names[0]):
+            series = {t: [point(results.rate(t, names[0], m)) for m in IN_A_ROW] for t in results.treatments}
+            title = f"{where}: tasks in a row"
+            panels.append(_panel(title, plots.dots(title, [*IN_A_ROW.values()], series)))
+            continue
+        for metric in metrics(names[0]):
             series = {t: [point(results.rate(t, name, metric)) for name in names] for t in results.treatments}
             if any(p.rate is not None for points in series.values() for p in points):
                 chance = results.chance.get(names[0]) if metric == "recognition" else None
@@ -125,15 +146,16 @@ def _over_steps(results: Results) -> list[Markup]:
     panels = []
     for name in dict.fromkeys(cell.protocol for cell in results.curve):
         rows = {t: _rows_by_step(results, t, name) for t in results.treatments}
-        for metric in METRICS:
+        for metric in [LENGTH] if LENGTH in metrics(name) else metrics(name):
             series = {
                 t: [(step, point(row.rates[metric])) for step, row in by_step if metric in row.rates]
                 for t, by_step in rows.items()
             }
             if any(series.values()):
                 chance = results.chance.get(name) if metric == "recognition" else None
-                title = _title(f"{setting(name)}: {metric}, {split(name) or name}", chance)
-                panels.append(_panel(title, plots.over_steps(title, series, chance)))
+                title = _title(f"{setting(name)}: {label(metric)}, {split(name) or name}", chance)
+                top = CHAIN if metric == LENGTH else None
+                panels.append(_panel(title, plots.over_steps(title, series, chance, top)))
     return panels
 
 

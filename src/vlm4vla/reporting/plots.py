@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A rate with its interval, as fractions; ``rate`` is None where nothing was measured."""
+    """A rate with its interval, as fractions, or an average; ``rate`` is None where nothing was measured."""
 
     rate: float | None
     low: float = 0.0
@@ -79,8 +79,13 @@ def dots(title: str, rows: Sequence[str], series: Mapping[str, Sequence[Point]],
         return _svg(figure, title)
 
 
-def over_steps(title: str, series: Mapping[str, Sequence[tuple[int, Point]]], chance: float | None = None) -> str:
-    """Rates over training steps with their intervals as bands, a line per series."""
+def over_steps(
+    title: str,
+    series: Mapping[str, Sequence[tuple[int, Point]]],
+    chance: float | None = None,
+    top: float | None = None,
+) -> str:
+    """Rates, or averages of at most ``top``, over training steps with their intervals as bands, a line per series."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.add_subplot()
@@ -95,9 +100,10 @@ def over_steps(title: str, series: Mapping[str, Sequence[tuple[int, Point]]], ch
             )
         if chance is not None:
             axes.axhline(chance, color=INK, linewidth=1, linestyle=(0, (3, 3)), alpha=0.7)
-        axes.set_ylim(-0.02, 1.02)
+        axes.set_ylim(-0.02 * (top or 1), 1.02 * (top or 1))
         axes.set_xlim(left=0)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if top is None:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("training steps")
         axes.grid(axis="y")

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from vlm4vla.errors import UserError
+from vlm4vla.sims.calvin import CHAIN
 from vlm4vla.sims.protocols import protocol
 from vlm4vla.studies import matrix, stats
-from vlm4vla.studies.stats import Difference, Rate
+from vlm4vla.studies.stats import Difference, Estimate
 from vlm4vla.studies.store import RunRow, Store
 from vlm4vla.types import EpisodeResult
 
@@ -19,7 +20,13 @@ STUDY = "study.yaml"
 """The matrix in a study's folder, as it was run."""
 CARDS = {"cards5": 5}
 """Cards on the table in GrinningFace's variants; 3 in all others (``sims/grinningface/episode.py``)."""
-METRICS = ("success", "execution", "recognition")
+LENGTH = "length"
+"""Of a chain of tasks: how many were done in a row. An average, where all other metrics are rates."""
+IN_A_ROW = {f"success_{i}": f"{i} in a row" for i in range(1, CHAIN + 1)}
+METRICS = {"grinningface": ("success", "execution", "recognition"), "calvin": (*IN_A_ROW, LENGTH)}
+"""What is shown of a simulator's episodes; ``success`` alone of others."""
+LABELS = {**IN_A_ROW, LENGTH: "average length"}
+"""Metrics that are called otherwise than in the results."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ class Row:
 
     treatment: str
     protocol: str
-    rates: dict[str, Rate]
-    """By metric; a metric that the simulator does not give is absent."""
+    rates: dict[str, Estimate]
+    """By metric, ``success`` and those of ``metrics``; one that the simulator does not give is absent."""
     seeds: int
     """Training seeds with a finished episode."""
     planned_seeds: int
@@ -102,7 +109,7 @@ class Results:
     def select(self, protocol: str, treatment: str) -> list[Cell]:
         return [cell for cell in self.cells if (cell.protocol, cell.treatment) == (protocol, treatment)]
 
-    def rate(self, treatment: str, protocol: str, metric: str) -> Rate | None:
+    def rate(self, treatment: str, protocol: str, metric: str) -> Estimate | None:
         """None where nothing was measured."""
         for row in self.rows:
             if (row.treatment, row.protocol) == (treatment, protocol):
@@ -113,17 +120,26 @@ class Results:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rate of ``first`` minus rate of ``second`` on one protocol and metric."""
+    """``first`` minus ``second`` on one protocol and metric."""
 
     first: str
     second: str
-    rates: tuple[Rate, Rate]
+    rates: tuple[Estimate, Estimate]
     difference: Difference
 
     @property
     def apart(self) -> bool:
         """Whether the interval of the difference excludes 0."""
         return self.difference.low > 0 or self.difference.high < 0
+
+
+def metrics(name: str) -> tuple[str, ...]:
+    """What is shown of a protocol's episodes."""
+    return METRICS.get(protocol(name).sim, ("success",))
+
+
+def label(metric: str) -> str:
+    return LABELS.get(metric, metric)
 
 
 def setting(protocol: str) -> str:
@@ -142,17 +158,16 @@ def pool(cells: Sequence[Cell]) -> Row:
     """One treatment's cells under one protocol, pooled over training seeds."""
     by_seed = [cell.results for cell in cells]
     finished = [result for results in by_seed for result in results if result.success is not None]
-    rates = {
-        metric: stats.pooled(by_seed, metric)
-        for metric in METRICS
-        if metric == "success" or (finished and all(metric in result.credits for result in finished))
-    }
+    rates: dict[str, Estimate] = {"success": stats.pooled(by_seed, "success")}
+    for metric in metrics(cells[0].protocol):
+        if metric != "success" and finished and all(metric in result.credits for result in finished):
+            rates[metric] = stats.mean_length(by_seed) if metric == LENGTH else stats.pooled(by_seed, metric)
     seeds = sum(cell.finished > 0 for cell in cells)
     return Row(cells[0].treatment, cells[0].protocol, rates, seeds, len(cells))
 
 
 def comparisons(results: Results, protocol: str, metric: str) -> list[Comparison]:
-    """Every pair of treatments that was measured, the higher rate first."""
+    """Every pair of treatments that was measured, the higher one first."""
     rates = [(name, results.rate(name, protocol, metric)) for name in results.treatments]
     known = sorted(((name, rate) for name, rate in rates if rate), key=lambda pair: -pair[1].estimate)
     return [

@@ -3,6 +3,7 @@
 - One policy: Wilson's score interval (``evaluation.interval``).
 - Two policies: Newcombe's interval of the difference, or the exact McNemar test where both met the same initial states.
 - One treatment over training seeds: a bootstrap in which seeds and initial states are both random.
+- Chains of tasks (CALVIN): how many were done in a row, on average, with a bootstrap over chains.
 
 Episodes that failed for the infrastructure's reasons (``success is None``) are counted and left out of every rate.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm4vla.evaluation.interval import wilson
+from vlm4vla.sims.calvin import CHAIN
 from vlm4vla.types import EpisodeResult
 
 CONFIDENCE = 0.95
@@ -45,8 +47,27 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """The average of a number over ``n`` episodes, and its interval at 95 % confidence."""
+
+    n: int
+    estimate: float
+    low: float
+    high: float
+    method: str
+    top: int
+    """The largest that the number can be; the smallest is 0."""
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}], n = {self.n}"
+
+
+Estimate = Rate | Mean
+
+
+@dataclass(frozen=True)
 class Difference:
-    """Rate of the first minus rate of the second."""
+    """Estimate of the first minus estimate of the second."""
 
     estimate: float
     low: float
@@ -88,15 +109,12 @@ def summarise(results: Sequence[EpisodeResult], metric: str = "success") -> Rate
 
 
 def credit_lines(results: Sequence[EpisodeResult]) -> list[str]:
-    """Each credit that is a yes or no, as a rate; of chains also the average length with its bootstrap interval."""
+    """Each credit that is a yes or no, as a rate; of chains also the average length."""
     credits = [result.credits for result in results if result.success is not None]
     names = {name: None for each in credits for name, value in each.items() if isinstance(value, bool)}
     lines = [f"{name} {summarise(results, name)}" for name in names if all(name in each for each in credits)]
     if credits and all("length" in each for each in credits):
-        lengths = np.array([each["length"] for each in credits], float)
-        draws = np.random.default_rng(0).choice(lengths, (REPLICATES, len(lengths))).mean(1)
-        low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        lines.append(f"average length {lengths.mean():.2f} [{low:.2f}, {high:.2f}], n = {len(lengths)}")
+        lines.append(f"average length {mean_length([results])}")
     return lines
 
 
@@ -105,12 +123,12 @@ def _rate(k: int, n: int, faults: int, total: int, method: str) -> Rate:
     return Rate(k, n, k / n if n else float("nan"), low, high, method, faults, total - faults - n)
 
 
-def difference(first: Rate, second: Rate) -> Difference:
+def difference(first: Estimate, second: Estimate) -> Difference:
     """Newcombe's hybrid score interval for two independent rates (Newcombe 1998, Stat. Med. 17:873, method 10).
 
-    It takes each rate's own interval, so a pooled rate brings its spread over seeds along.
+    It takes each one's own interval, so a pooled rate brings its spread over seeds along, and means do as well.
 
-    Raises ``ValueError`` where a rate has no episode.
+    Raises ``ValueError`` where one has no episode.
     """
     if first.n == 0 or second.n == 0:
         raise ValueError("a difference needs episodes on both sides")
@@ -158,28 +176,52 @@ def pooled(by_seed: Sequence[Sequence[EpisodeResult]], metric: str = "success", 
     """
     everything = [result for results in by_seed for result in results]
     simple = summarise(everything, metric)
-    values = [{r.episode: v for r in results if (v := outcome(r, metric)) is not None} for results in by_seed]
+    values = [{r.episode: float(v) for r in results if (v := outcome(r, metric)) is not None} for results in by_seed]
     values = [seed for seed in values if seed]
     if len(values) < MIN_SEEDS:
         plural = "seed" if len(values) == 1 else "seeds"
         method = f"Wilson over {len(values)} training {plural}, without the spread over seeds"
         return _rate(simple.k, simple.n, simple.faults, len(everything), method)
-    episodes = sorted(set().union(*values))
-    known = np.array([[episode in seed for episode in episodes] for seed in values], float)  # (seeds, episodes)
-    successes = np.array([[bool(seed.get(episode)) for episode in episodes] for seed in values], float)
-    low, high = _pigeonhole(successes, known, np.random.default_rng(random_seed))
+    low, high = _pigeonhole(values, np.random.default_rng(random_seed))
     method = f"bootstrap over {len(values)} training seeds and initial states, at least Wilson"
     low, high = min(low, simple.low), max(high, simple.high)
     return Rate(simple.k, simple.n, simple.estimate, low, high, method, simple.faults, simple.undefined)
 
 
-def _pigeonhole(successes: np.ndarray, known: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """Percentile interval of the mean of the known entries (seeds, episodes) with rows and columns resampled."""
-    num_seeds, num_episodes = successes.shape
+def mean_length(by_seed: Sequence[Sequence[EpisodeResult]], random_seed: int = 0) -> Mean:
+    """How many tasks of a chain were done in a row, on average over chains and training seeds.
+
+    Chains are resampled, and training seeds with them from ``MIN_SEEDS`` on, as in ``pooled``. Where all chains have
+    one length, as many as Wilson's interval allows could have had another: no sample shows that nothing varies.
+
+    Raises ``ValueError`` where no chain is finished.
+    """
+    values = [{r.episode: float(r.credits["length"]) for r in results if r.success is not None} for results in by_seed]
+    lengths = np.array([length for seed in values for length in seed.values()])
+    if not len(lengths):
+        raise ValueError("an average length needs a chain")
+    values = [seed for seed in values if seed]
+    low, high = _pigeonhole(values, np.random.default_rng(random_seed))
+    if low == high:
+        unseen = wilson(0, len(lengths), CONFIDENCE)[1]
+        low, high = (1 - unseen) * low, (1 - unseen) * high + unseen * CHAIN
+    with_seeds = f"{len(values)} training seeds and " if len(values) >= MIN_SEEDS else ""
+    return Mean(len(lengths), float(lengths.mean()), low, high, f"bootstrap over {with_seeds}chains", CHAIN)
+
+
+def _pigeonhole(values: Sequence[dict[int, float]], rng: np.random.Generator) -> tuple[float, float]:
+    """Percentile interval of the mean of each seed's values by episode; episodes are resampled, and seeds where there
+    are ``MIN_SEEDS`` of them."""
+    episodes = sorted(set().union(*values))
+    known = np.array([[episode in seed for episode in episodes] for seed in values], float)  # (seeds, episodes)
+    table = np.array([[seed.get(episode, 0.0) for episode in episodes] for seed in values])
+    num_seeds, num_episodes = table.shape
     # How often each row and each column is drawn: (REPLICATES, seeds) and (REPLICATES, episodes).
-    rows = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), REPLICATES)
+    rows = np.ones((REPLICATES, num_seeds), int)
+    if num_seeds >= MIN_SEEDS:
+        rows = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), REPLICATES)
     columns = rng.multinomial(num_episodes, np.full(num_episodes, 1 / num_episodes), REPLICATES)
     drawn = np.sum((rows @ known) * columns, axis=1)
-    means = np.sum((rows @ successes) * columns, axis=1)[drawn > 0] / drawn[drawn > 0]
+    means = np.sum((rows @ table) * columns, axis=1)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
