@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from test_hub import COMMIT, stand_in
 from vlm4vla import sims
 from vlm4vla.errors import UserError
 from vlm4vla.sims import environments
@@ -116,6 +117,59 @@ def test_what_cannot_be_set_up_is_said(cache, tmp_path, monkeypatch):
         setup(assets=tmp_path / "empty")
     assert any("--no-deps" in command for command in done)
     assert environments.missing("libero")
+
+
+FETCH = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from vlm4vla.errors import UserError
+from vlm4vla.sims import environments
+
+changed = replace(environments.ENVIRONMENTS["libero"], source="lab/demos", must_hold=("scenes/table.xml",))
+environments.ENVIRONMENTS["libero"] = changed
+link = Path(sys.argv[1])
+try:
+    found = environments._assets("libero", None, link, True, print)
+except UserError as error:
+    sys.exit(str(error))
+link.symlink_to(found)
+print(environments._revision(found))
+"""
+
+
+def test_assets_come_from_a_hub_whole_or_not_at_all(cache, tmp_path):
+    """Over the hub's own protocol, from a stand-in on the loopback. A half one is not taken, and fetching goes on."""
+    source, link = tmp_path / "source", tmp_path / "link"
+    for name, size in {"scenes/table.xml": 10, "textures/wood.png": 50_000, "README.md": 5}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(bytes(size))
+    target = cache / "sims" / "libero" / "assets"
+    target.parent.mkdir(parents=True)
+
+    def fetch(broken=None):
+        with stand_in(source, broken) as (address, asked):
+            env = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "", "HF_HUB_DISABLE_XET": "1"}
+            command = [sys.executable, "-c", FETCH, str(link)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+        return done, {name for name, _ in asked}
+
+    done, _ = fetch(broken="textures/wood.png")
+    assert done.returncode == 1
+    assert "lab/demos could not be fetched" in done.stderr
+    assert "run it again (it continues)" in done.stderr
+    assert "420 MB; licence: LIBERO's data" in done.stdout, "said before anything is fetched"
+    assert environments._revision(target) is None
+
+    done, asked = fetch()
+    assert done.returncode == 0, done.stderr
+    assert "textures/wood.png" in asked
+    assert "scenes/table.xml" not in asked, "it was there"
+    assert done.stdout.splitlines()[-1] == COMMIT
+    assert environments._revision(target) == COMMIT
+    for path in source.rglob("*.*"):
+        assert (link / path.relative_to(source)).read_bytes() == path.read_bytes()
+    assert link.resolve() == target
 
 
 def script(path, text):

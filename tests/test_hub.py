@@ -35,7 +35,7 @@ def stand_in(folder, broken=None):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             path = urlparse(self.path).path
-            if path == "/api/datasets/lab/demos/revision/main":
+            if path.removeprefix("/api/datasets/lab/demos") in ("", "/revision/main", f"/revision/{COMMIT}"):
                 siblings = [{"rfilename": name} for name in files]
                 return self.json({"id": "lab/demos", "sha": COMMIT, "siblings": siblings})
             if path.startswith(f"/api/datasets/lab/demos/tree/{COMMIT}"):
