@@ -175,7 +175,7 @@ def test_what_all_sources_hold_identifies_them(tmp_path):
         return Sources.open(DataSpec(folder="x", mixture=(SourceSpec(conversations=path, weight=weight),)), folder)
 
     first = opened()
-    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "talks" / "3.png")
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "talks" / "3.png")  # black: a smaller file
     assert opened().content_hash != first.content_hash, "another picture"
     assert opened(2.0).content_hash != opened().content_hash, "another share"
     assert opened().content_hash == opened().content_hash

@@ -71,7 +71,8 @@ class Conversations:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the file and of every picture that it names."""
+        """SHA-256 (hex) of the file, and of name and size in bytes of every picture in it: to read millions would take
+        longer than many a training."""
         return self._scanned[0]
 
     @property
@@ -81,7 +82,7 @@ class Conversations:
 
     @cached_property
     def _scanned(self) -> tuple[str, np.ndarray]:
-        """All records and pictures' files read once, so that what is wrong with one is told before a training."""
+        """All records read and pictures looked up once, so that what is missing is told before a training."""
         counts, names = np.empty(len(self), np.int64), set()
         for index in range(len(self)):
             found, _ = self._record(index)
@@ -90,12 +91,11 @@ class Conversations:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         for name in sorted(names):
-            digest.update(name.encode())
             try:
-                with (self.images / name).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                size = (self.images / name).stat().st_size
             except OSError as error:
                 raise self._no_picture(str(self.path), name, error) from error
+            digest.update(f"{name}\0{size}\0".encode())
         return digest.hexdigest(), counts
 
     def __getitem__(self, index: int) -> Conversation:
