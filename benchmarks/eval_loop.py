@@ -8,6 +8,8 @@ The plain loop is what peers do: one environment in the policy's process, an ima
 execute the protocol's number of actions of each chunk. The policy is a stand-in that computes for ``--latency-ms`` per
 observation and holds the robot still, so that every episode runs to its horizon and both loops do the same steps.
 Seconds include the start of the processes; CPU seconds are of all processes, and count where other programs take turns.
+``times_the_floor`` is by the clock: the floor is what one worker's simulating, rendering and inferring take, divided
+among the cores that so many workers can fill. On a quiet machine only: elsewhere waiting counts as simulating.
 
 ``--batching`` sizes a host with many cores: simulators and policy only sleep, the policy ``--latency-ms`` a batch and
 ``--per-item-ms`` for each observation in it, a control step ``--step-ms`` and a picture ``--render-ms``.
@@ -151,7 +153,7 @@ def compare(options: argparse.Namespace) -> dict:
     table["plain"] = watch.read(options.episodes)
     reference = [tuple(end) for end in json.loads(done.stdout.splitlines()[-1])]
     convention = LIBERO if named.sim == "libero" else make(named.sim, **named.sim_args).convention
-    overhead, spent = 0.0, {}
+    overhead, work, spent = 0.0, 0.0, {}
     for workers in options.workers:
         watch = Stopwatch()
         policy = Still(convention, latency_s, named.execute)
@@ -160,7 +162,12 @@ def compare(options: argparse.Namespace) -> dict:
         assert [(r.success, r.steps) for r in results] == reference, "both loops must do the same"
         if workers == 1:
             spent = {part: round(sum(r.timings[part] for r in results), 3) for part in results[0].timings}
-            overhead = 1 - (spent["sim"] + spent["render"] + spent["infer"]) / spent["wall"]
+            work = spent["sim"] + spent["render"] + spent["infer"]
+            overhead = 1 - work / spent["wall"]
+        if spent:
+            floor = work / options.episodes / min(workers, len(os.sched_getaffinity(0)))
+            seconds = table[f"{workers} workers"]["seconds_per_episode"]
+            table[f"{workers} workers"]["times_the_floor"] = round(seconds / floor, 2)
     for row in table.values():
         row["times_faster"] = round(table["plain"]["seconds_per_episode"] / row["seconds_per_episode"], 2)
         row["times_less_cpu"] = round(table["plain"]["cpu_s_per_episode"] / row["cpu_s_per_episode"], 2)

@@ -168,6 +168,7 @@ class _Evaluation:
         self.tries: Counter[int] = Counter()
         self.versions: dict[str, str] = {}
         self.running: dict[Worker, Attempt] = {}
+        self.dismissed: list[Worker] = []
 
     def run(self, num_workers: int, sight: dict, progress: bool, sim_python: str | None) -> list[EpisodeResult]:
         kwargs = {**self.protocol.sim_args, **sight, "max_steps": self.protocol.max_steps}
@@ -187,8 +188,10 @@ class _Evaluation:
                 for worker in list(self.running):
                     self._listen(worker, bar)
                 self._act()
+            while self.dismissed:
+                self.dismissed.pop().close()
         finally:
-            for worker in self.running:
+            for worker in (*self.running, *self.dismissed):
                 worker.kill()
             bar.close()
         return [row for row in self.store.results(self.run_id, self.protocol.name) if row.episode < self.episodes]
@@ -226,8 +229,8 @@ class _Evaluation:
         elif self._filmed(attempt, attempt.outcome) and reply.observation is None:
             worker.send("observe")  # how it ended, for strips and videos only
         else:
+            self._next(worker)  # it starts the next episode while this one is written down
             self._finish(attempt, attempt.outcome, bar)
-            self._next(worker)
 
     def _act(self) -> None:
         """Predict for all workers that wait, in one batch, and send them on."""
@@ -276,7 +279,8 @@ class _Evaluation:
             self._begin(worker, self.todo.popleft())
         else:
             del self.running[worker]
-            worker.close()
+            worker.dismiss()
+            self.dismissed.append(worker)
 
     def _retry(self, worker: Worker, attempt: Attempt, fault: str, bar: tqdm) -> None:
         """Start the worker again with the same episode, or record the fault and go on."""

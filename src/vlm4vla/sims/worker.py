@@ -273,10 +273,14 @@ class Worker:
         self._process.wait()
         self._close_pipes()
 
-    def close(self) -> None:
-        """Let the worker close its simulator, but not for long."""
+    def dismiss(self) -> None:
+        """Ask the worker to close its simulator and end, without waiting for that; ``close`` does."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
+
+    def close(self) -> None:
+        """Let the worker close its simulator, but not for long."""
+        self.dismiss()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(POLITE_EXIT_S)
         self.kill()

@@ -71,8 +71,7 @@ def limit_command(
     if angle > MAX_TILT:
         turned = rotation_from_vector(tilt * (MAX_TILT / angle)) @ DOWN
     limited = angle > MAX_TILT or any(
-        not np.allclose(a, b, rtol=0, atol=1e-6)
-        for a, b in ((delta, position_step), (turn, rotation_step), (wanted, reached))
+        (np.abs(a - b) > 1e-6).any() for a, b in ((delta, position_step), (turn, rotation_step), (wanted, reached))
     )
     return reached, turned, limited
 
