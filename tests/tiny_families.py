@@ -487,9 +487,8 @@ def glm(model_type: str, processor: Any, images: Any, videos: Any) -> Family:
 
 @family
 def mistral3() -> Family:
-    form = template(
-        "'[INST]' if message.role == 'user' else '[SYSTEM]'", "[IMG]", "[/INST]", "", start="{{ bos_token }}"
-    )
+    end = "' + ('[/INST]' if message.role == 'user' else eos_token) + '"
+    form = template("'[INST]' if message.role == 'user' else ''", "[IMG]", end, "", start="{{ bos_token }}")
     named = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
     words = tokenizer(form, "[INST]", "[/INST]", named=named, add_bos=True, **LLAMA, unk_token="<unk>")
     images = transformers.PixtralImageProcessor(size={"longest_edge": SIDE}, patch_size={"height": 28, "width": 28})
