@@ -8,7 +8,7 @@ import yaml
 
 from vlm4vla.convention import NAMED, Convention
 from vlm4vla.errors import UserError
-from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse
+from vlm4vla.spec import DataSpec, RunSpec, Runtime, load_yaml, parse, yaml_file
 
 
 def run_spec(path: Path | None, overrides: tuple[str, ...]) -> RunSpec:
@@ -82,7 +82,4 @@ def runtime(**changes: Any) -> Runtime:
 
 def study_file(name: str) -> Path:
     """The path of a study's YAML: as given, or one shipped inside the package."""
-    path, shipped = Path(name), Path(__file__).parent / "recipes" / f"{name}.yaml"
-    if path.is_file() or not shipped.is_file():
-        return path  # the reader of the file says what is wrong with it
-    return shipped
+    return yaml_file(name, "study", Path(__file__).parent / "recipes")

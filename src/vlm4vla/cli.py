@@ -115,7 +115,8 @@ def vlm_questions(scenes: int, each: int, seed: int, work: Path, workers: int, o
     from vlm4vla.skills.build import questions
 
     path = questions(scenes, each, seed, work, out, runtime(workers=workers))
-    next_step("vlm4vla train --data DEMONSTRATIONS --set {} --out ...", f"data.mixture=[{{conversations: {path}}}]")
+    mixture = f"data.mixture=[{{conversations: {path}}}]"
+    next_step("vlm4vla train --data DEMONSTRATIONS --set {} --out runs/mine", mixture)
 
 
 cli.add_command(backbones)

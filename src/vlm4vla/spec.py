@@ -332,6 +332,23 @@ def content_hash(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:10]
 
 
+def yaml_file(name: str, what: str, folder: Path) -> Path:
+    """The path of ``what`` by its name: a YAML file as given, else one that ships in ``folder``.
+
+    Raises:
+        UserError: neither; the nearest names are told.
+    """
+    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    path = Path(name)
+    if path.is_file() or name in shipped:
+        return path if path.is_file() else shipped[name]
+    raise UserError(
+        f"no {what} {name!r} (nearest: {nearest(name, list(shipped))})",
+        f"one of {', '.join(shipped)}, or a YAML file",
+        "name one of them, or check the path",
+    )
+
+
 def load_yaml(path: Path | str) -> dict:
     path = Path(path)
     if not path.is_file():

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from vlm4vla.errors import UserError, nearest
+from vlm4vla.errors import UserError
 from vlm4vla.serving.wire import form
-from vlm4vla.spec import Strict, load_yaml, parse
+from vlm4vla.spec import Strict, load_yaml, parse, yaml_file
 from vlm4vla.types import Observation
 
 SHIPPED = Path(__file__).parent / "baselines"
@@ -103,14 +103,7 @@ class Baseline(Strict):
 
 def baseline(name: str) -> Baseline:
     """A shipped baseline by name, or a YAML file of one. Raises ``UserError`` where there is none, or a wrong key."""
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-    path = SHIPPED / f"{name}.yaml" if name in shipped else Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"no baseline {name!r}",
-            f"one of {', '.join(shipped)}, or a YAML file",
-            f"nearest: {nearest(name, shipped)}",
-        )
+    path = yaml_file(name, "baseline", SHIPPED)
     found = parse(Baseline, load_yaml(path), str(path))
     if form(found.form) is None:
         raise UserError(f"{path}: form: native", "how the policy writes actions, by name", "see docs/serving.md")

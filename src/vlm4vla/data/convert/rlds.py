@@ -18,7 +18,7 @@ from vlm4vla.convention import NAMED, Convention
 from vlm4vla.data.convert.base import Demonstration, Left
 from vlm4vla.data.convert.tfrecord import Feature, examples
 from vlm4vla.errors import UserError, nearest
-from vlm4vla.spec import Strict, load_yaml, parse
+from vlm4vla.spec import Strict, load_yaml, parse, yaml_file
 
 SHIPPED = Path(__file__).parent
 EXTREME = 0.05
@@ -64,10 +64,7 @@ class Mapping(Strict):
 
 def load_mapping(name: str) -> Mapping:
     """A shipped mapping by name, or a YAML file."""
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-    path = SHIPPED / f"{name}.yaml" if name in shipped else Path(name)
-    if not path.suffix:
-        raise UserError(f"the mapping {name!r}", f"one of {', '.join(shipped)}, or a YAML file", "name one of them")
+    path = yaml_file(name, "mapping", SHIPPED)
     mapping = parse(Mapping, load_yaml(path), str(path))
     mapping.meaning()
     if "main" not in mapping.images:
