@@ -87,7 +87,7 @@ def place(module: nn.Module, accelerator: Accelerator, sharded: bool, half: bool
         half: with ``sharded``, layers run in bf16, from fp32 shards, with gradients summed in fp32.
     """
     device, number = accelerator.device, accelerator.num_processes
-    if sharded:
+    if sharded and number > 1:
         mesh = init_device_mesh(device.type, (number,))
         dtypes: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if half else {}
         for part in (*units(module), module):
