@@ -31,6 +31,7 @@ from vlm4vla.metrics import read_metrics
 from vlm4vla.policy import VLA, Policy, torch_device, untrained
 from vlm4vla.sims.grinningface.env import CONVENTION
 from vlm4vla.spec import DataSpec, RunSpec, Runtime, TrainSpec
+from vlm4vla.training.compiled import compiled
 from vlm4vla.training.examine import audit
 from vlm4vla.training.forecast import matrix_rate
 from vlm4vla.training.imitation import Imitation
@@ -117,24 +118,28 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="In this project's loop.")
     options = parser.parse_args()
     device = torch_device(options.device)
     training = TrainSpec(steps=options.steps, batch_size=options.batch_size, precision=options.precision)
     spec = RunSpec(
         backbone=options.backbone, treatment=options.treatment, data=DataSpec(folder="noise"), training=training
     )
-    runtime = Runtime(device=str(device), progress=False, checkpoint_s=1e9, accumulate=options.accumulate)
+    how = {"accumulate": options.accumulate, "compile": options.compile}
+    runtime = Runtime(device=str(device), progress=False, checkpoint_s=1e9, **how)
     rate = matrix_rate(device, options.precision)
     with tempfile.TemporaryDirectory() as folder:
         dataset = demonstrations(Path(folder) / "data", options.image_size, CONVENTION)
-        objective = Imitation(drawn(spec, dataset.actions, dataset.image_size, device), Sources((dataset,)))
+        policy = drawn(spec, dataset.actions, dataset.image_size, device)
+        objective = Imitation(policy, Sources((dataset,)), one_shape=options.compile)
         if options.gradient_checkpointing:
             objective.vla.backbone.vlm.gradient_checkpointing_enable({"use_reentrant": False})
         vla = objective.vla
         tokens = vla.backbone.encode(np.zeros((1, *[options.image_size] * 2, 3), np.uint8), INSTRUCTIONS[:1])
         length = tokens["input_ids"].shape[1]
         objective.export = lambda folder, state: None  # the weights are of no use
-        fit(objective, training, 0, Path(folder) / "out", runtime, "benchmark")
+        with compiled(vla, runtime):
+            fit(objective, training, 0, Path(folder) / "out", runtime, "benchmark")
         rows = read_metrics(Path(folder) / "out" / "metrics.jsonl")[1:]
         ours = 1 / np.mean([1 / row["samples_per_s"] for row in rows])
         wait = float(np.mean([row["data_wait"] for row in rows]))

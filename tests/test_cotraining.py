@@ -279,6 +279,11 @@ def test_shares_and_losses_of_every_source_are_told(alone):
     assert card["audit"]["choices"]["mixture"].endswith("0.5 of talks.jsonl; language weight 0.5")
 
 
+def test_batches_of_many_shapes_are_not_compiled(job, tmp_path):
+    with pytest.raises(UserError, match="--compile with conversations"):
+        run(job, tmp_path, compile=True)
+
+
 def test_killed_it_goes_on_at_the_exact_sample(job, alone, tmp_path):
     assert together(1, lambda: run(job, tmp_path, stop=2)) == [9]
     assert list(tmp_path.glob("checkpoint*"))

@@ -161,6 +161,19 @@ def test_pictures_of_one_size_take_one_attention_call_a_vision_layer(side, monke
     assert len(calls) - len(vlm.model.language_model.layers) == {112: 3 * 4, 140: 3 * 9}[side] + 3
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "paligemma1"])
+def test_prompts_padded_to_one_length_give_the_same_numbers(name):
+    backbone = drawn(name)
+    images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
+    before = backbone.encode(images, ["push", "pull it"])
+    backbone.inputs.length = before["input_ids"].shape[1] + 5
+    after = backbone.encode(images, ["push", "pull it"])
+    assert after["input_ids"].shape[1] == backbone.encode(images[:1], ["go"])["input_ids"].shape[1]
+    assert torch.equal(after["query_position"], before["query_position"])
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(after), backbone(before), atol=1e-5, rtol=1e-5)
+
+
 def test_a_saved_model_asks_for_no_attention_of_ours(tmp_path):
     backbone = drawn("qwen3_vl")
     save_vlm(backbone.vlm, backbone.processor, tmp_path)

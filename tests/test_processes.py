@@ -15,7 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
+import tiny_families
 from test_imitation import demonstrations
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.vlm import save_vlm
@@ -24,6 +26,7 @@ from vlm4vla.metrics import read_metrics
 from vlm4vla.skills.questions import words
 from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, Runtime, TrainSpec
 from vlm4vla.training import checkpoint, imitation, loop, processes
+from vlm4vla.training.compiled import compiled
 
 QUIET = Runtime(device="cpu", progress=False, checkpoint_s=0)
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -168,6 +171,26 @@ def test_killed_it_goes_on_with_another_number_of_processes(job, alone, tmp_path
     assert len(list(parts.glob("checkpoint*.safetensors"))) == (before if shard else 1)
     assert launched(after, job, parts, shard=shard) == [0] * after
     assert_same(tmp_path / "alone", parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
+def test_compiled_layers_train_what_others_train(job, tmp_path, name):
+    save_vlm(*tiny_families.draw(name), tmp_path / "vlm")
+    job = job[0].model_copy(update={"backbone": str(tmp_path / "vlm")}), job[1]
+    run(job, tmp_path / "eager")
+    run(job, tmp_path / "compiled", compile=True)
+    assert_same(tmp_path / "eager", tmp_path / "compiled")
+
+
+def test_what_does_not_compile_is_told():
+    with (
+        pytest.raises(UserError, match="--compile with --shard"),
+        compiled(nn.Linear(1, 1), Runtime(compile=True, shard=True)),
+    ):
+        pass
+    with pytest.raises(UserError, match="leave out --compile"), compiled(nn.Linear(1, 1), Runtime(compile=True)):
+        raise Unsupported("a graph break")
 
 
 @pytest.mark.slow

@@ -318,6 +318,8 @@ class Runtime(Strict):
     """Parts in which each process works through its share of a batch: less memory, the same batch."""
     gradient_checkpointing: bool = False
     """Layers' activations are computed once more on the way back instead of being kept: less memory, a third slower."""
+    compile: bool = False
+    """Layers are compiled (``training/compiled.py``): faster where a family's layers allow it."""
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP2) instead of repeating them in each (DDP)."""
     trackers: tuple[str, ...] = ()

@@ -65,6 +65,8 @@ class Inputs:
         # VLM4VLA's release enlarges what Qwen and InternVL see, so that its 224 px become 256 visual tokens.
         self.side = 448 if "upsample_448" in compat else None
         self.rows = lru_cache(INSTRUCTIONS_KEPT)(self._row)
+        self.length = 0
+        """Positions that batches have at least: a compiled model wants one shape."""
         self.image_names: frozenset[str] = frozenset()
         self.image_options: dict[str, Any] = {}
         if family.plain is None:
@@ -147,7 +149,7 @@ class Inputs:
         """
         height, width = (self.side or height, self.side or width)
         rows = [self.rows(instruction, height, width) for instruction in instructions]
-        batch = self._padded(rows)
+        batch = self._padded(rows, self.length)
         if "position_ids" in batch:
             batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
         return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
@@ -160,12 +162,14 @@ class Inputs:
         batch = self._padded([self._talk(turns, height, width) for turns in talks])
         return {**batch, "kept": (batch["labels"][:, 1:] >= 0).any(0).nonzero()[:, 0]}
 
-    def _padded(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _padded(self, rows: Sequence[dict[str, Tensor]], length: int = 0) -> dict[str, Tensor]:
+        """Tensors of the rows' longest length, or of ``length`` if that is more."""
         pad = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
-        batch = {
-            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=pad.get(name, 0))
-            for name in rows[0]
-        }
+        batch = {}
+        for name, first in rows[0].items():
+            longest = first.new_empty((length, *first.shape[1:]))  # pads the others, and goes
+            padded = pad_sequence([row[name] for row in rows] + [longest], True, pad.get(name, 0))
+            batch[name] = padded[:-1]
         if not self.family.keeps_mask:
             del batch["attention_mask"]
         return batch

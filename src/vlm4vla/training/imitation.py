@@ -21,10 +21,12 @@ from vlm4vla.data.mixture import Mixture, shuffled
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.sources import Sources
 from vlm4vla.data.windows import windows
+from vlm4vla.errors import UserError
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.policy import VLA, Policy, untrained, versions
 from vlm4vla.spec import RunSpec, Runtime, content_hash
 from vlm4vla.training import memory
+from vlm4vla.training.compiled import compiled
 from vlm4vla.training.examine import audit, on_meta
 from vlm4vla.training.forecast import gib_needed
 from vlm4vla.training.loop import fit
@@ -39,7 +41,12 @@ without a frame, or without a conversation, is given the first one there is."""
 class Imitation:
     """Predict the recorded chunk from one picture and the instruction (see ``training.loop.Objective``)."""
 
-    def __init__(self, policy: Policy, sources: Sources, cached: bool = True):
+    def __init__(self, policy: Policy, sources: Sources, cached: bool = True, one_shape: bool = False):
+        """``one_shape``: every prompt is padded to the longest.
+
+        Raises:
+            UserError: there are conversations, and the VLM has no words or one shape is asked for.
+        """
         self.policy, self.sources, self.spec = policy, sources, policy.spec
         self.vla = policy.vla
         self.module: nn.Module = policy.vla
@@ -51,7 +58,14 @@ class Imitation:
         if sources.conversations:
             self.vla.backbone.require_words()
         # Once, before batches are made in a thread: a tokenizer may not be used by two threads at a time.
-        self.vla.backbone.inputs.rows("", policy.image_size, policy.image_size)
+        inputs, size = self.vla.backbone.inputs, policy.image_size
+        inputs.rows("", size, size)
+        if one_shape and sources.conversations:
+            found = "--compile with conversations, of which every batch has another number and length"
+            raise UserError(found, "demonstrations alone", "leave out --compile")
+        if one_shape:
+            tasks = {task for each in sources.sets for task in each.tasks}
+            inputs.length = max(len(inputs.rows(task, size, size)["input_ids"]) for task in tasks)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         vlm = self.vla.backbone.vlm
@@ -207,8 +221,10 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     identity = content_hash([recipe, sources.content_hash, backbone_hash, *resized])
     processes = int(os.environ.get("WORLD_SIZE", 1))
     samples = spec.training.batch_size // processes
-    with memory.told(lambda: gib_needed(vla, audited.sizes, runtime, processes), samples, runtime):
-        fit(Imitation(policy, sources, runtime.cache), spec.training, spec.seed, out, runtime, identity)
+    told = memory.told(lambda: gib_needed(vla, audited.sizes, runtime, processes), samples, runtime)
+    with told, compiled(vla, runtime):
+        objective = Imitation(policy, sources, runtime.cache, runtime.compile)
+        fit(objective, spec.training, spec.seed, out, runtime, identity)
 
 
 def _begin(spec: RunSpec, state_size: int) -> tuple[VLA, str]:

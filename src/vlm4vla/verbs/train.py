@@ -24,6 +24,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
     "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Parts of a batch: less memory."
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Activations are computed twice: less memory.")
+@click.option("--compile", "compiled", is_flag=True, help="Layers through torch.compile; not with --shard.")
 @click.option("--shard", is_flag=True, help="Spread the weights over all processes (FSDP2) instead of repeating them.")
 @click.option("--tracker", "trackers", type=click.Choice(TRACKERS), multiple=True, help="Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take: memory, time, what is frozen. Trains nothing.")
@@ -37,6 +38,7 @@ def train(
     threads: int,
     accumulate: int,
     gradient_checkpointing: bool,
+    compiled: bool,
     shard: bool,
     trackers: tuple[str, ...],
     dry_run: bool,
@@ -54,6 +56,7 @@ def train(
         threads=threads,
         accumulate=accumulate,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compiled,
         shard=shard,
         trackers=trackers,
         cache=cache,
