@@ -14,6 +14,7 @@ import tiny_families
 from fake_sim import CONVENTION
 from test_imitation import QUIET, demonstrations
 from test_processes import STEPS, assert_same, run, together
+from vlm4vla.arguments import trained_on
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import FAMILIES, family
 from vlm4vla.backbones.vlm import Backbone, save_vlm
@@ -25,7 +26,10 @@ from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
 from vlm4vla.skills.questions import words
 from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, SourceSpec, TrainSpec, parse
+from vlm4vla.studies.runner import data_folder
+from vlm4vla.training import imitation
 from vlm4vla.training.imitation import Imitation, train
+from vlm4vla.training.loop import make_batch
 
 SIZE = 96
 TALK = (("user", "where is the cat"), ("assistant", "left"))
@@ -306,7 +310,7 @@ def test_two_processes_train_what_one_trains(job, alone, tmp_path, shard):
 
 def test_both_losses_fall_and_adapters_are_enough(job, tmp_path):
     spec, demos = job
-    training = TrainSpec(steps=60, batch_size=8, warmup_steps=0, learning_rate=3e-3)
+    training = TrainSpec(steps=30, batch_size=4, warmup_steps=0, learning_rate=3e-3)
     train(spec.model_copy(update={"treatment": "lora", "training": training}), demos, tmp_path, QUIET)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[-1]["loss_language"] < 0.5 * rows[0]["loss_language"]
@@ -322,9 +326,6 @@ def test_another_mixture_is_another_run(job, alone):
 
 def test_frames_are_drawn_for_each_part_as_for_the_whole(job):
     """Augmentation of a frame does not depend on the part of the batch that it is in."""
-    from vlm4vla.training import imitation
-    from vlm4vla.training.loop import make_batch
-
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(imitation, "fit", lambda objective, *_: made.append(objective))
@@ -336,3 +337,20 @@ def test_frames_are_drawn_for_each_part_as_for_the_whole(job):
     for name in ("augment.factor", "target", "inputs.images"):
         there = [part[name][part["valid"].any(1)] for part in parts]
         assert torch.equal(torch.cat(there), whole[name])
+
+
+# -------------------------------------------------------------------------------------------------- studies, arguments
+
+
+def test_a_study_records_once_for_cells_that_differ_in_what_is_beside(tmp_path):
+    beside = (SourceSpec(conversations="talks.jsonl"),)
+    alone, mixed = DataSpec(seed=1), DataSpec(seed=1, mixture=beside)
+    assert data_folder(alone, tmp_path) == data_folder(mixed, tmp_path) != data_folder(DataSpec(seed=2), tmp_path)
+    assert RunSpec(data=alone).run_id != RunSpec(data=mixed).run_id
+
+
+def test_other_demonstrations_leave_what_is_beside_them(tmp_path):
+    demos = demonstrations(tmp_path / "demos")
+    spec = RunSpec(data=DataSpec(mixture=(SourceSpec(folder="more"),)))
+    true, _ = trained_on(spec, demos)
+    assert true.data == DataSpec(folder=str(demos), mixture=spec.data.mixture)
