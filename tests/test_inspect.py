@@ -1,5 +1,6 @@
 """Looking at data: what is told, what is suspicious, and the page of an episode."""
 
+import base64
 import json
 import re
 
@@ -11,6 +12,7 @@ from fake_sim import CONVENTION
 from test_films import VIDEO, film, raw
 from vlm4vla.cli import cli
 from vlm4vla.data.inspect import inspect
+from vlm4vla.data.video import decode
 from vlm4vla.data.view import PAD, PLOT, WIDTH, curve, view
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
@@ -138,6 +140,7 @@ def test_wrong_statistics_and_broken_films_are_told(tmp_path):
 def test_an_episode_becomes_one_page(tmp_path):
     parts = episodes((4, 12))
     parts[1][1][5, 2] = np.nan
+    parts[1][0][:] = 20 * np.arange(12)[:, None, None, None]
     parts[1][3] = "put it <b>there</b> & back"
     folder = written(tmp_path / "demos", parts)
     out = tmp_path / "page.html"
@@ -146,8 +149,10 @@ def test_an_episode_becomes_one_page(tmp_path):
     page = out.read_text()
     assert "put it &lt;b&gt;there&lt;/b&gt; &amp; back" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is fetched"
-    frames = json.loads(re.search(r"const frames = (\[.*?\]), shown", page)[1])  # pyright: ignore[reportOptionalSubscript]
-    assert len(frames[0]) == 12
+    (encoded,) = re.findall(r'<video src="data:video/mp4;base64,([^"]*)"', page)
+    (tmp_path / "film.mp4").write_bytes(base64.b64decode(encoded))
+    shown = decode(tmp_path / "film.mp4", np.arange(12) / CONVENTION.control_hz, CONVENTION.control_hz, (6, 8))
+    assert shown.mean((1, 2, 3)) == pytest.approx(20 * np.arange(12), abs=5)
     assert page.count('<path d="M') == 7
     assert "1 not finite" in page
     with pytest.raises(UserError, match="0 to 1"):

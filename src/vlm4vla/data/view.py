@@ -1,7 +1,8 @@
-"""One episode as one self-contained HTML page: pictures with a slider, action and gripper curves, the instruction."""
+"""One episode as one self-contained HTML page: its films with a slider, action and gripper curves, the instruction."""
 
 import base64
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ from vlm4vla.data.inspect import names
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.errors import UserError
 from vlm4vla.files import write_text
+from vlm4vla.sims.film import Film
 
-MAX_FRAMES, HEIGHT, JPEG_QUALITY = 300, 224, 80
+MAX_FRAMES, HEIGHT, JPEG_QUALITY = 1000, 224, 80
 """More frames are thinned out evenly, larger pictures are scaled down: a page stays below a few MB."""
+FILM = {"crf": "26"}
+"""A film to look at, with a key frame every ``GOP`` frames, so that the slider jumps without a delay."""
+GOP = 12
 WIDTH, PLOT, PAD = 1000, 90, 8
 """Of a curve, in SVG units: width, height, and the room above and below."""
 STRIP = 10
@@ -34,7 +39,12 @@ def view(source: Path | str, episode: int, out: Path) -> Path:
         )
     start, stop = int(dataset.episode_from[episode]), int(dataset.episode_to[episode])
     shown = np.unique(np.linspace(start, stop - 1, min(stop - start, MAX_FRAMES)).round().astype(int))
-    cameras = {camera: [_jpeg(frame) for frame in dataset.images(shown, camera)] for camera in dataset.cameras}
+    strip = np.unique(np.linspace(0, len(shown) - 1, min(STRIP, len(shown))).round().astype(int))
+    seconds = (stop - start) / dataset.fps
+    cameras = {}
+    for camera in dataset.cameras:
+        frames = _small(dataset.images(shown, camera))
+        cameras[camera] = {"film": _film(frames, len(shown) / seconds), "strip": [_jpeg(frames[i]) for i in strip]}
     labels = names(dataset)
     curves = [
         {"name": name, "path": path, "low": low, "high": high, "gripper": d == len(labels) - 1, "gaps": gaps}
@@ -47,10 +57,10 @@ def view(source: Path | str, episode: int, out: Path) -> Path:
         episode=episode,
         task=dataset.tasks[dataset.task_index[start]],
         num_frames=stop - start,
-        seconds=(stop - start) / dataset.fps,
+        seconds=seconds,
         shown=(shown - start).tolist(),
         cameras=cameras,
-        strip=np.unique(np.linspace(0, len(shown) - 1, min(STRIP, len(shown))).round().astype(int)).tolist(),
+        strip=strip.tolist(),
         curves=curves,
         width=WIDTH,
         height=PLOT,
@@ -75,11 +85,27 @@ def curve(values: np.ndarray) -> tuple[str, float, float, int]:
     return path, low, high, int((~finite).sum())
 
 
+def _small(frames: np.ndarray) -> np.ndarray:
+    """uint8 (T, height, width, 3) at most ``HEIGHT`` pixels high and with even sides, as H.264 wants them."""
+    height, width = frames.shape[1:3]
+    scale = min(1.0, HEIGHT / height)
+    size = [2 * max(1, round(side * scale / 2)) for side in (width, height)]
+    if size == [width, height]:
+        return frames
+    return np.stack([np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BICUBIC)) for each in frames])
+
+
+def _film(frames: np.ndarray, hz: float) -> str:
+    """A data URL of an MP4."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        with Film(path, hz, frames.shape[1:3], FILM, GOP) as film:
+            film.add(frames)
+        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def _jpeg(frame: np.ndarray) -> str:
     """A data URL."""
-    image = Image.fromarray(frame)
-    if image.height > HEIGHT:
-        image = image.resize((round(image.width * HEIGHT / image.height), HEIGHT), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(frame).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

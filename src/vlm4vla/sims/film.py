@@ -1,5 +1,6 @@
 """Pictures -> MP4. T frames."""
 
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,15 @@ LAST_S = 1.0
 class Film:
     """Writes one MP4; a context manager."""
 
-    def __init__(self, path: Path, fps: float, size: tuple[int, int]):
-        """``size``: height and width, both even (H.264 stores colours for blocks of 2 x 2)."""
+    def __init__(
+        self, path: Path, fps: float, size: tuple[int, int], options: Mapping[str, str] | None = None, gop: int = GOP
+    ):
+        """
+        Args:
+            size: height and width, both even (H.264 stores colours for blocks of 2 x 2).
+            options: of the encoder, where they are others than ``OPTIONS``.
+            gop: frames from one key frame to the next.
+        """
         height, width = size
         if height % 2 or width % 2:
             raise UserError(f"pictures of {height} x {width}", "even sides for video", "crop or resize them first")
@@ -32,9 +40,9 @@ class Film:
         self.path, self.fps, self.size, self.num_frames = path, fps, size, 0
         self._rate = Fraction(fps).limit_denominator(10_000)
         self._container = av.open(str(path), "w", format="mp4")
-        self._stream: Any = self._container.add_stream(CODEC, rate=self._rate, options=OPTIONS)
+        self._stream: Any = self._container.add_stream(CODEC, rate=self._rate, options={**OPTIONS, **(options or {})})
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, PIXELS
-        self._stream.codec_context.gop_size = GOP
+        self._stream.codec_context.gop_size = gop
         self._stream.codec_context.thread_count = 1  # the processes are the parallelism
 
     def add(self, frames: np.ndarray) -> float:
