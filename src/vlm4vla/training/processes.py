@@ -73,6 +73,8 @@ def ahead(make: Callable[[int], Any], steps: range) -> Iterator[Iterator[Any]]:
 
 def first_says(accelerator: Accelerator, text: str) -> str:
     """The first process's ``text`` (ASCII, ``TEXT_BYTES`` at most); every process must ask."""
+    if accelerator.num_processes == 1:
+        return text
     data = np.frombuffer(text.encode("ascii").ljust(TEXT_BYTES), np.uint8).copy()
     said = cast(Tensor, broadcast(torch.from_numpy(data).to(accelerator.device)))
     return said.cpu().numpy().tobytes().decode("ascii").rstrip()
