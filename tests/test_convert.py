@@ -523,6 +523,19 @@ def test_no_instructions_get_past_the_unpickler(tmp_path_factory, fragments):
     check_unpickler(tmp_path_factory, b"".join(fragments))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(b"}", b"Ns"), (b"}(", b"Nu"), (b"(", b"Nd"), (b"\x8f(", b"\x90"), (b"(", b"\x91")]
+)
+def test_no_tuple_becomes_a_key(tmp_path, before, after):
+    """Each instruction that hashes what it is given, with tuples of which each holds the one before twice."""
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(b"\x80\x04" + before + b")" + b"2\x86" * 60 + after + b".")
+    with pytest.raises(UserError, match=r"a tuple as the key|a set"):
+        load_object_array(path)
+
+
 def test_what_a_pickle_refers_to_twice_is_made_once(tmp_path):
     value = [np.array([1.0], object)]
     for _ in range(60):

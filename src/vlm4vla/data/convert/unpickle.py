@@ -9,7 +9,7 @@ import io
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -100,12 +100,48 @@ _KNOWN = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler
+"""Python's own unpickler, the one that is written in Python."""
+
+
+class _Unpickler(_InPython):
+    """Written in Python, because C's hashes what becomes a key before anyone can look at it, and sixty tuples, each of
+    which holds the one before twice, take longer to hash than anyone waits."""
+
+    dispatch: ClassVar[dict] = {**_InPython.dispatch}
+
+    def load_setitem(self) -> None:
+        _require_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _require_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _require_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_set(self) -> None:
+        raise pickle.UnpicklingError("a set")
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    for _code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
+        dispatch[_code[0]] = load_set
+
     def find_class(self, module: str, name: str) -> Any:
         module = "multiarray" if module in ("numpy.core.multiarray", "numpy._core.multiarray") else module
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not read")
         return _KNOWN[module, name]
+
+
+def _require_keys(keys: list) -> None:
+    for key in keys:
+        if not isinstance(key, str | bytes | int | float | None):
+            raise pickle.UnpicklingError(f"a {type(key).__name__} as the key of a dictionary")
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
@@ -121,7 +157,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         if isinstance(value, _Array):
             made = value.plain(done)
         elif isinstance(value, dict):
-            made = {_plain(key, done): _plain(each, done) for key, each in value.items()}
+            made = {key: _plain(each, done) for key, each in value.items()}
         elif isinstance(value, list | tuple):
             made = type(value)(_plain(each, done) for each in value)
         else:
