@@ -83,3 +83,12 @@ def test_vla_eval_agrees_with_our_own_loop_about_a_checkpoint(vla_eval, tmp_path
         sim = {"sim": named.sim, "sim_args": named.sim_args | {"image_size": source.image_size}}
         theirs = harness(vla_eval, server, tmp_path, 2, **sim, first_seed=named.first_seed, max_steps=named.max_steps)
     assert theirs == [(result.success, result.steps) for result in ours]
+
+
+def test_vla_eval_stops_where_its_benchmark_has_no_form(vla_eval, tmp_path, caplog):
+    """The whole evaluation, so that no rate comes of it. The reason is in the server's log: its client shows none."""
+    sim = {"sim": "fake_sim:FakeSim", "sim_args": {}, "first_seed": FIRST_SEED, "max_steps": 12}
+    with running(service(form=None)) as server, pytest.raises(RuntimeError, match="Expected HELLO"):
+        harness(vla_eval, server, tmp_path, 1, **sim)
+    assert "one of the forms of this policy, chosen for such clients: native" in caplog.text
+    assert not list(tmp_path.rglob("*aggregate*"))

@@ -12,6 +12,7 @@ Field names are those of openpi's client 0.1, vla-eval 0.8 and StarVLA's policy 
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,7 @@ from vlm4vla.serving.codec import MalformedMessage, pack, unpack
 from vlm4vla.serving.service import OWN_KEY, Service
 from vlm4vla.types import ActionChunk, Observation
 
+log = logging.getLogger(__name__)
 Act = Callable[[Observation], Awaitable[ActionChunk]]
 """Asks the batched policy."""
 
@@ -228,7 +230,11 @@ class VlaEval:
     def _hello(self, benchmark: Any) -> dict:
         service = self._service
         self._said = self.FORMS.get(str(benchmark).partition(":")[0])
-        form = service.form_of(self._said)
+        try:
+            form = service.form_of(self._said)
+        except UserError as error:
+            log.warning("refused a vla-eval client, which stops without showing why: %s", error)
+            raise
         return {
             "harness_version": __version__,
             "protocol_version": 1,
