@@ -1,10 +1,12 @@
-"""Policies on the Hugging Face hub: ``hub:owner/name``, or ``hub:owner/name@revision``.
+"""The Hugging Face hub, and policies there: ``hub:owner/name``, or ``hub:owner/name@revision``.
 
-Only JSON, text and safetensors travel, in both directions: a repository's pickles are not even downloaded. The hub's
-address and token are huggingface_hub's (``HF_ENDPOINT``, ``hf auth login``).
+Of policies only JSON, text and safetensors travel, in both directions: a repository's pickles are not even downloaded.
+The hub's address and token are huggingface_hub's (``HF_ENDPOINT``, ``hf auth login``).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm4vla.errors import UserError
 
@@ -29,14 +31,34 @@ def fetch(name: str) -> Path:
     Raises:
         UserError: no such repository, none that this account may read, or no way to the hub.
     """
+    return snapshot(name, FILES)
+
+
+def snapshot(name: str, patterns: Sequence[str], data_set: bool = False, folder: Path | None = None) -> Path:
+    """Fetch the files of ``hub:owner/name[@revision]`` that match; what is here and unchanged is not fetched again.
+
+    Args:
+        folder: where they are put; without one, into huggingface_hub's cache.
+
+    Raises:
+        UserError: no such repository, none that this account may read, or no way to the hub.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     repository, revision = split(name)
+    settings: dict[str, Any] = {"repo_type": "dataset"} if data_set else {}
+    settings |= {"local_dir": folder} if folder else {}
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise _failed(name, error) from error
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns), **settings))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise _failed(name, error, "no such repository, or no access to it: ") from error
+    except Exception as error:  # of whichever HTTP library huggingface_hub is built on
+        raise UserError(
+            f"{name}: not downloaded whole ({(str(error) or type(error).__name__).splitlines()[0]})",
+            "a connection to the hub, or a copy on this machine",
+            "run the same command again: it goes on where it was interrupted",
+        ) from error
 
 
 def push(folder: Path, name: str, private: bool) -> str:
@@ -57,9 +79,9 @@ def push(folder: Path, name: str, private: bool) -> str:
     return str(address)
 
 
-def _failed(name: str, error: Exception) -> UserError:
+def _failed(name: str, error: Exception, what: str = "") -> UserError:
     return UserError(
-        f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}",
+        f"{name}: {what}{(str(error) or type(error).__name__).splitlines()[0]}",
         "a repository owner/name on a hub that can be reached, and the right to use it",
         "check the name and the account: hf auth whoami",
     )

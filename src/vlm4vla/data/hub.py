@@ -6,12 +6,11 @@ the folder's description names are fetched; without one, all.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from vlm4vla.data.layout import OWN_KEY, description, read_info
 from vlm4vla.errors import UserError
 from vlm4vla.files import cache, write_text
-from vlm4vla.hub import PREFIX, split
+from vlm4vla.hub import PREFIX, snapshot, split
 
 COMPLETE = ".complete.json"
 """Beside the files: what has been downloaded. It is written last, so where it is, the hub need not be asked again."""
@@ -32,7 +31,7 @@ def local(source: Path | str, only_meta: bool = False) -> Path:
     record = folder / COMPLETE
     there = json.loads(record.read_text()) if record.is_file() else []
     if not set(wanted) <= set(there):
-        download(str(source), name, revision, folder, wanted)
+        snapshot(str(source), wanted, data_set=True, folder=folder)
         read_info(folder)
         write_text(record, json.dumps(sorted({*there, *wanted})))
     return folder
@@ -43,26 +42,6 @@ def place(name: str, revision: str) -> Path:
     if name.count("/") != 1 or not all(part.strip(".") for part in name.split("/")):
         raise UserError(f"{PREFIX}{name}", f"{PREFIX}owner/name or {PREFIX}owner/name@revision", "mend the name")
     return cache() / "datasets" / "--".join([*name.split("/"), *([revision.replace("/", "-")] if revision else [])])
-
-
-def download(source: str, name: str, revision: str, folder: Path, patterns: list[str]) -> None:
-    """Fetch the files that match; what is there and unchanged is not fetched again."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    settings: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None, "local_dir": folder}
-    try:
-        snapshot_download(name, allow_patterns=patterns, **settings)
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{source}: no such data set on the hub, or no access to it", "owner/name", "check it, or: hf auth login"
-        ) from error
-    except Exception as error:  # of whichever HTTP library huggingface_hub is built on
-        raise UserError(
-            f"{source}: not downloaded whole ({(str(error) or type(error).__name__).splitlines()[0]})",
-            f"a connection to the hub, or a copy in {folder}",
-            "run the same command again: it goes on where it was interrupted",
-        ) from error
 
 
 def describe(source: Path | str, convention: dict | None, cameras: dict[str, str]) -> Path:
