@@ -302,12 +302,13 @@ def test_a_batch_in_parts_is_the_same_batch(job, alone, tmp_path):
     assert_same(alone, tmp_path)
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(job, alone, tmp_path, shard):
     assert together(2, lambda: run(job, tmp_path, shard=shard)) == [0, 0]
     assert_same(alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_both_losses_fall_and_adapters_are_enough(job, tmp_path):
     spec, demos = job
     training = TrainSpec(steps=30, batch_size=4, warmup_steps=0, learning_rate=3e-3)
