@@ -333,6 +333,13 @@ def test_film_strips_and_every_plot_are_there(page: tuple[tables.Results, str]):
     assert text.count("<svg") == dots + over_steps + curves
 
 
+def test_only_what_is_shown_is_explained(page: tuple[tables.Results, str], study_folder):
+    folder = study_folder({"full": {CALVIN: (0.5, 0.5)}}, seeds=(0,), episodes=3)
+    chains = html.report(folder, folder / "report.html").read_text()
+    assert ("Recognition: the card" in page[1], "In a row: tasks" in page[1]) == (True, False)
+    assert ("Recognition: the card" in chains, "In a row: tasks" in chains) == (False, True)
+
+
 def test_names_cannot_inject_markup(study_folder):
     folder = study_folder({"full": {VAL: (0.9, 0.9)}}, seeds=(0,), episodes=3)
     study = folder / "study.yaml"

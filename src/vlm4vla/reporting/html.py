@@ -91,6 +91,7 @@ def context(results: Results) -> dict[str, Any]:
             "cells complete": f"{len(results.cells) - len(results.missing)} of {len(results.cells)}",
         },
         "metrics": metrics,
+        "shown": {metric for name in results.protocol_names for metric in metrics(name)},
         "label": label,
         "colours": colours,
         "tables": [
