@@ -70,6 +70,7 @@ class Sources:
     @classmethod
     def open(cls, data, folder):
         assert (folder / "whole").exists()
+        assert all(Path(source.conversations).exists() for source in data.mixture)
         return cls()
 
 

@@ -124,6 +124,21 @@ def test_policies_of_other_weights_or_demonstrations_are_not_mixed(folder, monke
     run(grown, folder, QUIET)
 
 
+def test_a_trained_study_outlives_what_its_mixtures_were_drawn_from(folder, tmp_path, monkeypatch):
+    path = tmp_path / "talks.jsonl"
+    path.touch()
+    mixed = study(**{"data.mixture": [[], [{"conversations": str(path)}]]})
+    run(mixed, folder, QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_stages.Sources, "content_hash", "e" * 10)
+        with pytest.raises(UserError, match="other contents of the demonstrations"):
+            run(mixed, folder, QUIET)
+    before = calls(folder)
+    path.unlink()
+    run(mixed, folder, QUIET)
+    assert calls(folder) == before
+
+
 def test_intermediate_policies_give_a_curve(folder):
     small = study(curve_episodes=2, **{"training.checkpoints": [4]})
     run(small, folder, QUIET)

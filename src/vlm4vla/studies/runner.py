@@ -30,7 +30,7 @@ from vlm4vla.locks import locked
 from vlm4vla.metrics import read_metrics
 from vlm4vla.sims import protocols
 from vlm4vla.sims.worker import exit_with_parent
-from vlm4vla.spec import DataSpec, Runtime, content_hash, load_yaml
+from vlm4vla.spec import DataSpec, Runtime, SourceSpec, content_hash, load_yaml
 from vlm4vla.studies.matrix import RESULTS, Cell, Study, curve_id, curve_steps, load, plan
 from vlm4vla.studies.store import Store
 
@@ -188,7 +188,7 @@ def _record(cells: dict[str, Cell], folder: Path, runtime: Runtime) -> list[Fail
 def _check_content(cells: list[Cell], folder: Path) -> None:
     """Policies in ``folder`` are of the weights and demonstrations that are here now: a run id holds their names only.
 
-    Demonstrations that were removed since are not compared.
+    Demonstrations that were removed since, or whose mixture lost a source, are not compared.
     """
     trained = [cell for cell in cells if (run_folder(folder, cell.run_id) / "policy").is_dir()]
     if not trained:
@@ -199,7 +199,7 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
 
     backbones = {name: parameters_hash(load_vlm(name)[0]) for name in {cell.run.backbone for cell in trained}}
     specs = {(data_folder(cell.run.data, folder), cell.run.data.mixture): cell.run.data for cell in trained}
-    data = {key: Sources.open(spec, key[0]).content_hash for key, spec in specs.items() if key[0].is_dir()}
+    data = {key: Sources.open(spec, key[0]).content_hash for key, spec in specs.items() if _there(*key)}
     for cell in trained:
         out, target = run_folder(folder, cell.run_id), data_folder(cell.run.data, folder)
         card: dict[str, str] = json.loads((out / "policy" / "policy.json").read_text())["card"]
@@ -214,6 +214,12 @@ def _check_content(cells: list[Cell], folder: Path) -> None:
                     "a study's runs from the same weights and demonstrations",
                     f"start over in a new folder: vlm4vla study run {folder / 'study.yaml'} --out {folder}-new",
                 )
+
+
+def _there(demonstrations: Path, mixture: tuple[SourceSpec, ...]) -> bool:
+    """Whether all sources are still where they were in training."""
+    beside = [path for each in mixture for path in (each.folder, each.conversations, each.images) if path]
+    return all(Path(path).exists() for path in (demonstrations, *beside))
 
 
 def audits(study: Study, folder: Path | None = None) -> dict[str, Audit]:
