@@ -16,7 +16,7 @@ from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA
 from vlm4vla.reporting.html import report
-from vlm4vla.spec import TREATMENTS, RunSpec, TrainSpec
+from vlm4vla.spec import TREATMENTS, RunSpec, SourceSpec, TrainSpec
 from vlm4vla.studies.matrix import Study, _leaves
 from vlm4vla.training import examine
 
@@ -67,6 +67,18 @@ def test_every_choice_is_audited_and_its_keys_are_keys_of_a_run(job):  # noqa: F
     assert found.choices["parts"].startswith("vision trained, projector trained")
     assert found.sizes["trained"]["vision"] > 0 == found.sizes["frozen"]["vision"]
     assert "{instruction}" in found.choices["prompt"]
+
+
+def test_mixtures_of_one_files_name_are_told_apart(job):  # noqa: F811
+    told = set()
+    for source in (
+        {"conversations": "questions/conversations.jsonl"},
+        {"conversations": "faces/conversations.jsonl"},
+        {"conversations": "faces/conversations.jsonl", "images": "photographs"},
+    ):
+        data = job[0].data.model_copy(update={"mixture": (SourceSpec.model_validate(source),)})
+        told.add(examine.examine(job[0].model_copy(update={"data": data}), 96).choices["mixture"])
+    assert len(told) == 3
 
 
 def audits(**others):

@@ -262,7 +262,7 @@ def alone(job, tmp_path_factory):
     return out
 
 
-def test_shares_and_losses_of_every_source_are_told(alone):
+def test_shares_and_losses_of_every_source_are_told(job, alone):
     rows = read_metrics(alone / "metrics.jsonl")
     for row in rows:
         shares = {name: row[f"share/{name}"] for name in ("demonstrations", "more", "talks")}
@@ -280,7 +280,8 @@ def test_shares_and_losses_of_every_source_are_told(alone):
         ("more", 16, 0.25),
         ("talks", 6, 0.25),
     ]
-    assert card["audit"]["choices"]["mixture"].endswith("0.5 of talks.jsonl; language weight 0.5")
+    path = job[0].data.mixture[1].conversations
+    assert card["audit"]["choices"]["mixture"].endswith(f", 0.5 of {path}; language weight 0.5")
 
 
 def test_batches_of_many_shapes_are_not_compiled(job, tmp_path):

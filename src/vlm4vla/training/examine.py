@@ -4,7 +4,6 @@ The model is built on torch's meta device, so a 30 B model costs what a small on
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,7 +139,11 @@ def _augmentation(spec: RunSpec) -> str:
 def _mixture(spec: RunSpec) -> str:
     if not spec.data.mixture:
         return "none"
-    told = [f"{each.weight:g} of {Path(each.folder or str(each.conversations)).name}" for each in spec.data.mixture]
+    told = [
+        f"{each.weight:g} of {each.folder or each.conversations}"
+        + (f" (pictures: {each.images})" if each.images else "")
+        for each in spec.data.mixture
+    ]
     asked = any(each.conversations for each in spec.data.mixture)
     weight = f"; language weight {spec.training.language_weight:g}" if asked else ""
     return f"for each demonstrated frame {', '.join(told)}{weight}"
