@@ -166,6 +166,15 @@ def test_several_sets_are_one(tmp_path):
     assert sources.frame_weights == pytest.approx(np.repeat([1 / 16, 3 / 16], 16))
 
 
+def test_no_two_sources_have_one_name(tmp_path):
+    folder = demonstrations(tmp_path / "x.v1")
+    mixture = [SourceSpec(folder=str(demonstrations(tmp_path / name / "x.v2"))) for name in "abc"]
+    for name in ("x.v2-2", "demonstrations"):
+        mixture.append(SourceSpec(folder=str(demonstrations(tmp_path / name))))
+    names = Sources.open(DataSpec(folder="x", mixture=tuple(mixture)), folder).names
+    assert names == ("demonstrations", "x.v2", "x.v2-2", "x.v2-3", "x.v2-2-2", "demonstrations-2")
+
+
 def test_a_set_alone_is_itself(tmp_path):
     folder = demonstrations(tmp_path / "a")
     sources, dataset = Sources.open(DataSpec(folder=str(folder)), folder), Dataset.open(folder)
@@ -219,6 +228,7 @@ def test_a_record_with_no_picture_or_several_is_refused_before_training(tmp_path
     [
         ({"data": {"mixture": [{"weight": 1}]}}, "by folder or by conversations"),
         ({"data": {"mixture": [{"folder": "a", "images": "b"}]}}, "images given"),
+        ({"data": {"mixture": [{"folder": "a", "weight": float("inf")}]}}, "weight: .*finite"),
         (
             {"data": {"mixture": [{"folder": "a", "wieght": 1}]}},
             r"mixture.0.wieght: unknown key \(nearest: weight",

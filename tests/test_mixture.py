@@ -88,7 +88,7 @@ def test_seeds_and_epochs_differ():
         ([3, 3], [1, -1], "positive weight"),
         ([3, 3], [1, np.nan], "positive weight"),
         ([3, 3], [1], "positive weight"),
-        ([3, 3], [1, 1e-6], "raise the small weights"),
+        ([3, 3], [1, 1e-6], r"too small for 1 \(1e-06\)"),
     ],
 )
 def test_impossible_mixtures_are_refused(sizes, weights, message):

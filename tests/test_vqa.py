@@ -96,6 +96,39 @@ def test_broken_files_are_named(tmp_path, text, message):
         Conversations.open(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<image>\nWhat is it?", "What is it?"),
+        ("What is it?\n<image>", "What is it?"),
+        ("Look at <image> and tell.", "Look at and tell."),
+        ("Look at\n<image>\nand tell.", "Look at and tell."),
+        ([{"text": "Look at"}, {"type": "image"}, {"text": "and tell."}], "Look at and tell."),
+        (" As it is. ", " As it is. "),
+    ],
+)
+def test_words_around_a_picture_stay_apart(pictures, text, read):
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
+    path = write(pictures / "data.json", [{"image": "a/0.png", "messages": turns}], "list")
+    assert Conversations.open(path)[0].turns[0] == ("user", read)
+
+
+def test_pictures_that_are_none_are_named_with_their_record(pictures, monkeypatch):
+    path = write(pictures / "data.json", [TEXT, LLAVA], "list")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(pictures / "a/0.png")
+    whole = (pictures / "a/0.png").read_bytes()
+    start, _, end = whole.rpartition(b"IDAT")
+    assert b"IDAT" in start
+    for broken in (b"text", whole[:40], start + b"I\0AT" + end):
+        (pictures / "a/0.png").write_bytes(broken)
+        with pytest.raises(UserError, match=r"record 1: .*a/0\.png"):
+            Conversations.open(path)[1]
+    (pictures / "a/0.png").write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
+    with pytest.raises(UserError, match=r"record 1: .*a/0\.png .*decompression bomb"):
+        Conversations.open(path)[1]
+
+
 def test_broken_records_are_named(pictures):
     missing = {**LLAVA, "image": "a/9.png"}
     alone = {"conversations": LLAVA["conversations"][:1]}

@@ -71,7 +71,7 @@ class SourceSpec(Strict):
     """A ``.json`` or ``.jsonl`` file in LLaVA's or ShareGPT's form (``data/vqa.py``)."""
     images: str | None = None
     """Folder that the paths of the conversations' pictures start from; without it, the file's own."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Samples of it that are drawn for each one of the demonstrations."""
 
     @model_validator(mode="after")

@@ -22,11 +22,12 @@ BLOCK = 64
 class Mixture:
     """Draws (source, sample) by position. K sources, B samples a batch."""
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int):
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int, names: Sequence[str] = ()):
         """
         Args:
             sizes: samples of each source (K,).
             weights: shares of a batch (K,), in any unit.
+            names: of the sources (K,), for errors; their numbers otherwise.
 
         Raises:
             UserError: no source, an empty one, or a share that is not positive or too small for a block.
@@ -41,9 +42,11 @@ class Mixture:
         self.counts = _round_to_sum(np.array(weights, float), BLOCK * batch_size)
         """int64 (K,): samples of each source in a block."""
         if not self.counts.all():
+            rows = zip(names or range(len(sizes)), weights, self.counts, strict=True)
+            small = [f"{name} ({weight:g})" for name, weight, number in rows if not number]
             raise UserError(
-                f"the weights {list(weights)}",
-                f"each at least one sample in {BLOCK} batches of {batch_size}",
+                f"the weights {list(weights)}, too small for {', '.join(small)}",
+                f"of each source at least one sample in {BLOCK} batches of {batch_size}",
                 "raise the small weights, or leave those sources out",
             )
         self._order = lru_cache(4)(self._make_order)

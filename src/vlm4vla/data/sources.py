@@ -7,6 +7,7 @@ below N is a frame, one from N on is a record of a conversation file.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,9 @@ class Sources:
             _check_alike(sets[0], other, data.image_size)
         names = ["demonstrations"]
         for source in (*robots, *talks):
-            name = Path(str(source.folder or source.conversations)).stem
-            names.append(name if name not in names else f"{name}-{len(names)}")
+            name = Path(source.folder).name if source.folder else Path(str(source.conversations)).stem
+            free = (f"{name}-{number}" for number in count(2))
+            names.append(name if name not in names else next(other for other in free if other not in names))
         return cls(
             sets,
             tuple(_asked(Conversations.open(str(source.conversations), source.images)) for source in talks),

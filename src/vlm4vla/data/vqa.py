@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,10 @@ from vlm4vla.errors import UserError
 from vlm4vla.files import stays_inside
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = re.compile(r"\s*<image>\s*")
+IMAGE = "<image>"
 """Where the picture stands in LLaVA's text; the model's own template puts it there."""
+PLACEHOLDER = re.compile(rf"\s*{IMAGE}\s*")
+FORM = '{"image": "a.png", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}'
 
 
 Turns = tuple[tuple[str, str], ...]
@@ -107,13 +110,24 @@ class Conversations:
         names, turns = self._record(index)
         return Conversation(tuple(self._picture(index, name) for name in names), turns)
 
+    def check(self, talk: Callable[[Turns], None]) -> None:
+        """Every record's turns are given to ``talk``; of a ``UserError`` that it raises, file and record are told."""
+        for index in range(len(self)):
+            try:
+                talk(self._record(index)[1])
+            except UserError as error:
+                raise UserError(f"{self._where(index)}: {error.found}", error.expected, error.next_step) from error
+
+    def _where(self, index: int) -> str:
+        return f"{self.path}, record {index}"
+
     def _record(self, index: int) -> tuple[list[str], Turns]:
         """The pictures' names and what is said."""
         start, stop = self.bounds[index].tolist()
         with self.path.open("rb") as file:
             file.seek(start)
             text = file.read(stop - start)
-        where = f"{self.path}, record {index}"
+        where = self._where(index)
         try:
             record = json.loads(text)
             said = record["conversations"] if "conversations" in record else record["messages"]
@@ -121,9 +135,7 @@ class Conversations:
             named = record.get("images", record.get("image")) or []
             names = [named] if isinstance(named, str) else list(named)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{where}: no conversation ({error!r})", "see vlm4vla/data/vqa.py", "mend the file"
-            ) from error
+            raise UserError(f"{where}: no conversation ({error!r})", f"such as {FORM}", "mend the file") from error
         spoken = [role for role, _ in turns if role != "system"]
         if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
             raise UserError(f"{where}: the turns {spoken}", "user and assistant in turn", "mend the file")
@@ -135,10 +147,10 @@ class Conversations:
     def _picture(self, index: int, name: str) -> np.ndarray:
         try:
             return np.asarray(Image.open(self.images / name).convert("RGB"))
-        except OSError as error:
-            raise self._no_picture(f"{self.path}, record {index}", name, error) from error
+        except Exception as error:  # pillow raises whatever its decoders do (SyntaxError, DecompressionBombError, ...)
+            raise self._no_picture(self._where(index), name, error) from error
 
-    def _no_picture(self, where: str, name: str, error: OSError) -> UserError:
+    def _no_picture(self, where: str, name: str, error: Exception) -> UserError:
         return UserError(
             f"{where}: {self.images / name} ({error})", "a picture", "name the pictures' folder, or fetch the picture"
         )
@@ -147,8 +159,8 @@ class Conversations:
 def _turn(turn: dict) -> tuple[str, str]:
     role, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
     if isinstance(text, list):  # parts by type
-        text = "".join(part.get("text", "") for part in text)
-    return ROLES[role], PLACEHOLDER.sub("", text)
+        text = "".join(part.get("text", IMAGE) for part in text)
+    return ROLES[role], PLACEHOLDER.sub(" ", text).strip() if IMAGE in text else text
 
 
 def _line_bounds(content: mmap.mmap) -> np.ndarray:

@@ -54,7 +54,7 @@ class Imitation:
         self.pictures = sources.pictures(policy.image_size, cached)
         batch_size = self.spec.training.batch_size
         mixed = len(sources.names) > 1
-        self.mixture = Mixture(sources.sizes, sources.weights, batch_size) if mixed else None
+        self.mixture = Mixture(sources.sizes, sources.weights, batch_size, sources.names) if mixed else None
         if sources.conversations:
             self.vla.backbone.require_words()
         # Once, before batches are made in a thread: a tokenizer may not be used by two threads at a time.
