@@ -107,16 +107,41 @@ def test_what_cannot_be_set_up_is_said(cache, tmp_path, monkeypatch):
         setup()
     monkeypatch.undo()
     monkeypatch.setenv("VLM4VLA_CACHE", str(cache))
-    done = []
-    monkeypatch.setattr(environments, "_run", lambda command: done.append(command) or f"{tmp_path}\n3 11")
+    installed = []
+    monkeypatch.setattr(environments, "_run", lambda command: f"{tmp_path}\n3 11")
+    monkeypatch.setattr(environments, "_install", lambda name, *what: installed.append(what))
     monkeypatch.setattr(environments, "_fit", lambda name, python: python)
     with pytest.raises(UserError, match=r"(?s)420 MB; licence: .*--assets FOLDER"):
         setup()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="without articulated_objects, scenes"):
-        setup(assets=tmp_path / "empty")
-    assert any("--no-deps" in command for command in done)
+    assert [what[0] for what in installed] == ["--no-deps"]
     assert environments.missing("libero")
+
+
+def test_a_finished_environment_outlives_a_mistyped_folder_or_python(cache, tmp_path):
+    ready = cache / "sims" / "libero" / "ready.json"
+    ready.parent.mkdir(parents=True)
+    ready.write_text("{}")
+    (tmp_path / "empty").mkdir()
+    options = {"assets": None, "fetch": False, "python": None, "say": lambda _: None}
+    for mistake, words in (
+        ({"assets": tmp_path / "empty"}, "without articulated_objects, scenes"),
+        ({"python": "/no/such"}, "no executable /no/such"),
+    ):
+        with pytest.raises(UserError, match=words):
+            environments.setup("libero", **{**options, **mistake})
+        assert [path.name for path in ready.parent.iterdir()] == ["ready.json"], "nothing was touched"
+
+
+def test_without_a_package_index_the_error_says_so_in_whole_lines(cache):
+    retries = "WARNING: Retrying (Retry(total=4)) after connection broken by 'name resolution': /simple/numpy/\n" * 30
+    error = "ERROR: No matching distribution found for numpy==2.4.6"
+    script(cache / "sims" / "libero" / "venv" / "bin" / "python", f'printf "%s" "{retries}{error}" >&2; exit 1')
+    with pytest.raises(UserError) as caught:
+        environments._install("libero", "--no-deps", "numpy==2.4.6")
+    assert caught.value.found.splitlines()[1:] == [error]
+    assert "a package index that can be reached" in caught.value.expected
+    assert "vlm4vla sims setup libero again" in caught.value.next_step
+    assert "PIP_INDEX_URL" in caught.value.next_step
 
 
 FETCH = """

@@ -15,6 +15,7 @@ numpy only.
 import contextlib
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from vlm4vla.files import cache, replacing, write_text
 from vlm4vla.locks import locked
 
 Say = Callable[[str], None]
+LAST_LINES = 5
+"""Of what pip says of a failure."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,17 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
         UserError: an unfit interpreter or assets folder, a failed installation or download, or no picture.
     """
     environment, target = ENVIRONMENTS[name], folder(name)
+    if assets:  # before anything is touched: a finished environment outlives a mistyped name
+        _check_assets(name, assets)
+    if python:
+        _fit(name, python)
     with locked(target / "lock", f"environment of {name}"):
         (target / "ready.json").unlink(missing_ok=True)
         _build(name, target, python, say)
         say(f"installing the packages of {_requirements(name).name}")
-        pip = [str(_python(target)), "-m", "pip", "install", "-q"]
         if environment.resolved:
-            _run([*pip, *environment.resolved])
-        _run([*pip, "--no-deps", "-r", str(_requirements(name))])
+            _install(name, *environment.resolved)
+        _install(name, "--no-deps", "-r", str(_requirements(name)))
         link = _site_packages(target) / environment.link
         found = _assets(name, assets, link, fetch, say)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +177,20 @@ def _build(name: str, target: Path, python: str | None, say: Say) -> None:
     base = base or _fit(name, sys.executable)
     say(f"{target}: a virtual environment of {base}")
     _run([base, "-m", "venv", "--clear", str(target / "venv")])
+
+
+def _install(name: str, *what: str) -> None:
+    """Raises: UserError: pip fails, with what it calls an error."""
+    command = [str(_python(folder(name))), "-m", "pip", "install", "-q", *what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()  # most are of retries
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        raise UserError(
+            f"{shlex.join(command)} ended with status {done.returncode}:\n" + "\n".join(errors[-LAST_LINES:]),
+            "a package index that can be reached, with these packages",
+            f"vlm4vla sims setup {name} again (it continues), PIP_INDEX_URL=ADDRESS before it for another index",
+        )
 
 
 def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) -> Path:
@@ -203,6 +223,13 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
             ) from error
         given = fetched
     assert given is not None
+    _check_assets(name, given)
+    return given
+
+
+def _check_assets(name: str, given: Path) -> None:
+    """Raises: UserError: not the assets of ``name``, or of another revision than is pinned."""
+    environment = ENVIRONMENTS[name]
     lacking = [path for path in environment.must_hold if not (given / path).exists()]
     if lacking:
         raise UserError(
@@ -216,7 +243,6 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
             f"{environment.revision}, with which {name} was checked",
             f"git -C {given} checkout --recurse-submodules {environment.revision}",
         )
-    return given
 
 
 def _wanted(name: str, revision: str | None) -> bool:
