@@ -294,6 +294,24 @@ def test_shares_and_losses_of_every_source_are_told(job, alone):
     assert card["audit"]["choices"]["mixture"].endswith(f", 0.5 of {path}; language weight 0.5")
 
 
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ((("user", "<eos> where"), ("assistant", "left")), "special token '<eos>'"),
+        ((("user", "where"), ("assistant", "in Kreuzberg")), "'in Kreuzberg' with words"),
+    ],
+)
+def test_what_the_vlm_cannot_be_given_is_told_before_the_first_step(job, tmp_path, turns, message):
+    spec, demos = job
+    path = talks(tmp_path / "talks")
+    with open(path, "a") as file, open(talks(tmp_path / "bad", 1, turns)) as bad:
+        file.write("\n" + bad.read().replace("0.png", "1.png"))
+    data = DataSpec(folder="x", mixture=(SourceSpec(conversations=path, weight=0.1),))
+    with pytest.raises(UserError, match=rf"{path}, record 6: .*{message}"):
+        train(spec.model_copy(update={"data": data}), demos, tmp_path / "out", QUIET)
+    assert not list((tmp_path / "out").glob("metrics*"))
+
+
 def test_batches_of_many_shapes_are_not_compiled(job, tmp_path):
     with pytest.raises(UserError, match="--compile with conversations"):
         run(job, tmp_path, compile=True)

@@ -88,17 +88,10 @@ class Inputs:
         to say it. An answer ends as the template ends it, where it says nothing with the end-of-sequence token.
 
         Raises:
-            UserError: a text with a special token, or several questions for a model that knows no turns.
+            UserError: see ``require_talk``.
         """
-        for _, text in turns:
-            self._require_words(text)
+        self.require_talk(turns)
         end = self.processor.tokenizer.eos_token
-        if self.family.plain is not None and len(turns) != 2:
-            raise UserError(
-                f"a conversation of {len(turns)} turns, the first one {turns[0]}",
-                f"a question and its answer: {self.family.title} has no chat template",
-                "make a record of each question",
-            )
         system, turns = (turns[0][1], turns[1:]) if turns[0][0] == "system" else (self.family.system, turns)
         questions, answers = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
         if self.family.plain is not None:
@@ -117,6 +110,28 @@ class Inputs:
             between = around(questions[0], ANSWER, question)[1]
             pieces += [(between.removeprefix(end), False), (lead + answer + end, True)]
         return pieces
+
+    def require_talk(self, turns: Turns) -> None:
+        """Raises: UserError: a text with a special token, an answer with words that the tokenizer has no tokens for, or
+        several questions for a model that knows no turns."""
+        for _, text in turns:
+            self._require_words(text)
+        if self.family.plain is not None and len(turns) != 2:
+            raise UserError(
+                f"a conversation of {len(turns)} turns, the first one {turns[0]}",
+                f"a question and its answer: {self.family.title} has no chat template",
+                "make a record of each question",
+            )
+        tokenizer = self.processor.tokenizer
+        if tokenizer.unk_token_id is None:
+            return
+        for role, text in turns:
+            if role == "assistant" and tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]:
+                raise UserError(
+                    f"the answer {text!r} with words that the tokenizer does not know",
+                    f"words of its own: {tokenizer.unk_token!r} would be learned instead of them",
+                    "leave the record out of the file, or choose another backbone",
+                )
 
     def _require_words(self, text: str) -> None:
         for token in self.processor.tokenizer.all_special_tokens:

@@ -45,7 +45,8 @@ class Imitation:
         """``one_shape``: every prompt is padded to the longest.
 
         Raises:
-            UserError: there are conversations, and the VLM has no words or one shape is asked for.
+            UserError: there are conversations, and the VLM has no words, cannot be given one of them, or one shape is
+                asked for.
         """
         self.policy, self.sources, self.spec = policy, sources, policy.spec
         self.vla = policy.vla
@@ -66,6 +67,8 @@ class Imitation:
         if one_shape:
             tasks = {task for each in sources.sets for task in each.tasks}
             inputs.length = max(len(inputs.rows(task, size, size)["input_ids"]) for task in tasks)
+        for talks in sources.conversations:
+            talks.check(inputs.require_talk)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         vlm = self.vla.backbone.vlm
