@@ -163,6 +163,9 @@ def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images,
     np.testing.assert_allclose(merged, policy.predict([look])[0].actions, atol=1e-5)
     with pytest.raises(UserError, match="which has its own"):
         Policy.load(tmp_path / "whole", backbone=str(folder))
+    arguments = ["policy", "merge", str(tmp_path / "whole"), "--out", str(tmp_path / "again")]
+    assert "no adapters to merge" in str(CliRunner().invoke(cli, arguments).exception)
+    assert not (tmp_path / "again").exists()
 
 
 def test_plain_peft_opens_the_adapters(folder, images, tmp_path):

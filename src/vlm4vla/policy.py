@@ -167,7 +167,13 @@ class Policy:
         (folder / "policy.json").write_text(json.dumps(values, indent=2))
 
     def merge(self) -> None:
-        """Add what adapters add to the weights below them: ``save`` then writes a whole VLM. Equal up to rounding."""
+        """Add what adapters add to the weights below them: ``save`` then writes a whole VLM. Equal up to rounding.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not adapters.present(self.vla.backbone.vlm):
+            raise UserError("no adapters to merge", "a policy with adapters", "use it as it is: its VLM is whole")
         adapters.merge(self.vla.backbone.vlm)
 
     @classmethod
