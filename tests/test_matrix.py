@@ -73,6 +73,31 @@ def test_the_same_run_is_one_cell(write):
     assert [c.run_id for c in explicit] == [c.run_id for c in load(write()).cells()]
 
 
+QUESTIONS, FACES = ({"conversations": f"/data/{name}/conversations.jsonl", "weight": 0.5} for name in ("q", "f"))
+
+
+@pytest.mark.parametrize(
+    ("mixtures", "told"),
+    [
+        ([[], [QUESTIONS]], ["none", "0.5 q/conversations.jsonl"]),
+        (
+            [[QUESTIONS], [FACES, {"folder": "more"}]],
+            ["0.5 q/conversations.jsonl", "0.5 f/conversations.jsonl + 1 more"],
+        ),
+        ([[{"folder": "a/x/y"}], [{"folder": "b/x/y"}]], ["1 a/x/y", "1 b/x/y"]),
+        (
+            [[QUESTIONS], [QUESTIONS | {"images": "photographs"}]],
+            ["0.5 /data/q/conversations.jsonl (1)", "0.5 /data/q/conversations.jsonl (2)"],
+        ),
+        ([[QUESTIONS], [QUESTIONS | {"weight": "0.5"}]], ["0.5 q/conversations.jsonl"]),
+    ],
+)
+def test_titles_tell_mixtures_apart_in_few_words(mixtures, told):
+    cells = Study(name="mixed", matrix={"data.mixture": mixtures, "seed": [0, 1]}).cells()
+    assert [cell.title for cell in cells[::2]] == [f"full, data.mixture={text}" for text in told]
+    assert cells[0].run.data == RunSpec.model_validate({"data": {"mixture": mixtures[0]}}).data
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -28,9 +28,10 @@ from pydantic import BaseModel, Field
 from vlm4vla.audit import CHOICES
 from vlm4vla.errors import UserError, nearest
 from vlm4vla.sims import protocols
-from vlm4vla.spec import EvalSpec, RunSpec, Strict, load_yaml, parse
+from vlm4vla.spec import DataSpec, EvalSpec, RunSpec, SourceSpec, Strict, load_yaml, parse
 from vlm4vla.studies.store import Status, Store
 
+MIXTURE = "data.mixture"
 RESULTS = "results.sqlite"
 """The store in a study's folder."""
 
@@ -85,9 +86,9 @@ class Study(Strict):
         overrides = [(self._when(override), override.set) for override in self.overrides]
         applied = [False] * len(overrides)
         cells: dict[str, Cell] = {}
-        for values in product(*self.matrix.values()):
-            labels = dict(zip(self.matrix, values, strict=True))
-            flat = {**_flatten(self.base, known), **labels}
+        for values, texts in zip(product(*self.matrix.values()), product(*self._shown().values()), strict=True):
+            flat = {**_flatten(self.base, known), **dict(zip(self.matrix, values, strict=True))}
+            labels = dict(zip(self.matrix, texts, strict=True))
             run = self._run(flat)
             for i, (when, changes) in enumerate(overrides):
                 if all(_value(run, key) == value for key, value in when.items()):
@@ -109,6 +110,14 @@ class Study(Strict):
         source = f"study {self.name}, an override's `when`"
         return {key: _value(parse(RunSpec, _nest({key: value}), source), key) for key, value in override.when.items()}
 
+    def _shown(self) -> dict[str, list[Any]]:
+        """The matrix with a short text for each mixture."""
+        if MIXTURE not in self.matrix:
+            return self.matrix
+        source = f"study {self.name}, {MIXTURE}"
+        mixtures = [parse(DataSpec, {"mixture": values}, source).mixture for values in self.matrix[MIXTURE]]
+        return {**self.matrix, MIXTURE: _told(mixtures)}
+
     def _run(self, flat: dict[str, Any]) -> RunSpec:
         return parse(RunSpec, _nest(flat), f"study {self.name}")
 
@@ -120,7 +129,7 @@ class Cell:
     run: RunSpec
     evaluate: EvalSpec
     labels: dict[str, Any]
-    """The matrix's keys and this cell's values."""
+    """The matrix's keys and this cell's values; of a mixture a short text."""
 
     @property
     def run_id(self) -> str:
@@ -143,6 +152,24 @@ class Cell:
             for step in curve_steps(self.run):
                 for protocol in self.evaluate.protocols:
                     yield curve_id(self.run_id, step), protocol, self.evaluate.curve_episodes
+
+
+def _told(mixtures: list[tuple[SourceSpec, ...]]) -> list[str]:
+    """``0.5 questions/conversations.jsonl`` and the like for each: as much of the paths as tells them apart."""
+    lengths = [len(Path(_path(source)).parts) for mixture in mixtures for source in mixture]
+    told: list[str] = []
+    for number in range(2, max([2, *lengths]) + 1):
+        told = [
+            " + ".join(f"{each.weight:g} {Path(*Path(_path(each)).parts[-number:])}" for each in mixture) or "none"
+            for mixture in mixtures
+        ]
+        if len(set(told)) == len(set(mixtures)):
+            return told
+    return [f"{text} ({place})" for place, text in enumerate(told, 1)]  # they differ in `images`
+
+
+def _path(source: SourceSpec) -> str:
+    return str(source.folder or source.conversations)
 
 
 def curve_steps(run: RunSpec) -> list[int]:
