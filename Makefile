@@ -32,7 +32,7 @@ lint: setup  ## style, types and import direction
 	$(BIN)/lint-imports
 
 test: lint  ## lint and the fast tests
-	$(BIN)/pytest -m "$(FAST)"
+	$(BIN)/pytest -n auto -m "$(FAST)"
 
 test-all: lint  ## lint and every test that this machine can run
 	$(BIN)/pytest
