@@ -25,9 +25,10 @@ from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
 from vlm4vla.skills.questions import words
-from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, SourceSpec, TrainSpec, parse
+from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, Runtime, SourceSpec, TrainSpec, parse
 from vlm4vla.studies.runner import data_folder
 from vlm4vla.training import imitation
+from vlm4vla.training.forecast import forecast
 from vlm4vla.training.imitation import Imitation, train
 from vlm4vla.training.loop import make_batch
 
@@ -312,9 +313,21 @@ def test_what_the_vlm_cannot_be_given_is_told_before_the_first_step(job, tmp_pat
     assert not list((tmp_path / "out").glob("metrics*"))
 
 
-def test_batches_of_many_shapes_are_not_compiled(job, tmp_path):
-    with pytest.raises(UserError, match="--compile with conversations"):
-        run(job, tmp_path, compile=True)
+def test_what_training_refuses_a_dry_run_refuses_as_well(job, tmp_path):
+    spec, demos = job
+    save_vlm(*tiny_families.draw("kosmos2"), tmp_path / "headless")
+    small = spec.data.model_copy(update={"mixture": (SourceSpec(folder=str(demos), weight=1e-6),)})
+    for changes, message, compiled in (
+        ({}, "--compile with conversations", True),
+        ({"data": small}, "at least one sample in 64 batches", False),
+        ({"backbone": str(tmp_path / "headless")}, "opened without its LM head", False),
+    ):
+        changed = spec.model_copy(update=changes)
+        with pytest.raises(UserError, match=message):
+            run((changed, demos), tmp_path / "out", compile=compiled)
+        sources, runtime = Sources.open(changed.data, demos), Runtime(device="cpu", compile=compiled)
+        with pytest.raises(UserError, match=message):
+            forecast(changed, runtime, SIZE, 1, sources)
 
 
 def test_killed_it_goes_on_at_the_exact_sample(job, alone, tmp_path):

@@ -12,6 +12,7 @@ from vlm4vla.policy import VLA, torch_device
 from vlm4vla.spec import RunSpec, Runtime
 from vlm4vla.training.examine import GIB, audit, on_meta
 from vlm4vla.training.processes import units
+from vlm4vla.training.stream import stream
 
 MEASURE_S = 0.5
 SIDE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
@@ -39,8 +40,13 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, s
 
     Args:
         sources: what is trained on, where it is there.
+
+    Raises:
+        UserError: ``spec`` cannot be trained on ``sources``, see ``stream``.
     """
     vla, processor = on_meta(spec)
+    if sources:
+        stream(vla.backbone, sources, spec.training.batch_size, runtime.compile)
     sizes, training = audit(vla, processor, spec, image_size).sizes, spec.training
     device = torch_device(runtime.device)
     rate = matrix_rate(device, training.precision)

@@ -17,11 +17,10 @@ from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import parameters_hash
 from vlm4vla.data.augment import Draws, augmentation
-from vlm4vla.data.mixture import Mixture, shuffled
+from vlm4vla.data.mixture import shuffled
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.sources import Sources
 from vlm4vla.data.windows import windows
-from vlm4vla.errors import UserError
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.policy import VLA, Policy, untrained, versions
 from vlm4vla.spec import RunSpec, Runtime, content_hash
@@ -30,6 +29,7 @@ from vlm4vla.training.compiled import compiled
 from vlm4vla.training.examine import audit, on_meta
 from vlm4vla.training.forecast import gib_needed
 from vlm4vla.training.loop import fit
+from vlm4vla.training.stream import stream
 
 LANGUAGE = "language."
 """Prefix of a batch's tensors that are of conversations."""
@@ -45,30 +45,20 @@ class Imitation:
         """``one_shape``: every prompt is padded to the longest.
 
         Raises:
-            UserError: there are conversations, and the VLM has no words, cannot be given one of them, or one shape is
-                asked for.
+            UserError: see ``stream``.
         """
         self.policy, self.sources, self.spec = policy, sources, policy.spec
         self.vla = policy.vla
         self.module: nn.Module = policy.vla
         self.augment = augmentation(self.spec.training)
         self.pictures = sources.pictures(policy.image_size, cached)
-        batch_size = self.spec.training.batch_size
-        mixed = len(sources.names) > 1
-        self.mixture = Mixture(sources.sizes, sources.weights, batch_size, sources.names) if mixed else None
-        if sources.conversations:
-            self.vla.backbone.require_words()
+        self.mixture = stream(self.vla.backbone, sources, self.spec.training.batch_size, one_shape)
         # Once, before batches are made in a thread: a tokenizer may not be used by two threads at a time.
         inputs, size = self.vla.backbone.inputs, policy.image_size
         inputs.rows("", size, size)
-        if one_shape and sources.conversations:
-            found = "--compile with conversations, of which every batch has another number and length"
-            raise UserError(found, "demonstrations alone", "leave out --compile")
         if one_shape:
             tasks = {task for each in sources.sets for task in each.tasks}
             inputs.length = max(len(inputs.rows(task, size, size)["input_ids"]) for task in tasks)
-        for talks in sources.conversations:
-            talks.check(inputs.require_talk)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         vlm = self.vla.backbone.vlm
