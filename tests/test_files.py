@@ -11,7 +11,7 @@ import pytest
 
 from vlm4vla.data import hub
 from vlm4vla.errors import mendable
-from vlm4vla.files import replacing, write_text
+from vlm4vla.files import new_folder, replacing, write_text
 from vlm4vla.sims import environments
 
 
@@ -37,6 +37,12 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     with pytest.raises(OSError, match="No space") as caught, replacing(tmp_path / "a.txt"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert str(tmp_path / "a.txt") in str(mendable(caught.value))
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, new_folder(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(tmp_path / "a") in str(mendable(caught.value))
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):

@@ -1,14 +1,18 @@
 """The VLM stage: questions are true of their scenes, packing changes nothing, and a step learns."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from vlm4vla.backbones import tiny
 from vlm4vla.data.vqa import Conversations
+from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
 from vlm4vla.skills import build
-from vlm4vla.skills.conversations import write_conversations
+from vlm4vla.skills.conversations import NAME, make_folder, write_conversations
 from vlm4vla.skills.questions import NUMBERS, PLACES, POINT_BINS, Scenes, ask, point_answer, words
 from vlm4vla.skills.score import score
 from vlm4vla.skills.stage import QUESTIONS, Stage, cell_labels
@@ -186,11 +190,54 @@ def test_tokens_of_free_sentences_do_not_pile_up(vlm_and_processor):
 
 def test_questions_become_conversations_about_their_scenes(tmp_path):
     scenes = make_scenes(4)
-    path = write_conversations(scenes, tmp_path / "a", 3, 5, free_share=0.5)
-    talks = Conversations.open(path)
+    write_conversations(scenes, tmp_path, 3, 5, free_share=0.5)
+    talks = Conversations.open(tmp_path / NAME)
     assert len(talks) == 12
     for index in range(12):
         record, i = talks[index], index // 3
         assert np.array_equal(record.images[0], scenes.images[i])
         asked = ask(scenes, i, 3, np.random.default_rng((5, i)), 0.5)[index % 3]
         assert record.turns == (("user", asked.question), ("assistant", asked.answer))
+
+
+def test_questions_name_no_emoji_but_those_asked_for(tmp_path):
+    scenes = replace(make_scenes(40), names=(*NAMES, "bee", "fox"))
+    scenes.cards[1, :3] = [2, -1, 3]  # none of them
+    write_conversations(scenes, tmp_path, 20, 5, free_share=0.5, named={"cat", "dog", "bee"})
+    rows = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    assert "images/000001.png" not in {row["image"] for row in rows}
+    named = set()
+    for row in rows:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        named |= {name for name in scenes.names if name in f"{question} {answer}"}
+        if "how many" in question or "count" in question:
+            scene = int(row["id"].split("-")[0])
+            assert NUMBERS.index(answer) == (scenes.cards[scene] >= 0).sum(), "a card without a name counts as well"
+    assert named == {"cat", "dog", "bee"}
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    def write(folder):
+        (folder / NAME).write_text("{}")
+
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="own, which is something else"):
+        make_folder(own, {"seed": 1}, write)
+    assert (own / "thesis.txt").read_text() == "years of work"
+    new = tmp_path / "new"
+    assert make_folder(new, {"seed": 1}, write).read_text() == "{}"
+    make_folder(new, {"seed": 1}, lambda _: pytest.fail("made twice"))
+    with pytest.raises(UserError, match="new, which is something else"):
+        make_folder(new, {"seed": 2}, write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "own"]
+
+
+def test_two_do_not_make_one_folder_at_a_time(tmp_path):
+    def write(folder):
+        (folder / NAME).write_text("{}")
+        with pytest.raises(UserError, match="another process at work on this folder of questions"):
+            make_folder(tmp_path / "a", {}, write)
+
+    assert make_folder(tmp_path / "a", {}, write).is_file()

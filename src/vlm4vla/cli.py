@@ -107,14 +107,17 @@ def vlm_score(folder: Path | None, work: Path, workers: int) -> None:
 @click.option("--each", type=click.IntRange(min=1), default=4, show_default=True, help="Questions about a scene.")
 @click.option("--seed", type=click.IntRange(min=0), default=2, show_default=True, help="0 and 1: the VLM's own scenes.")
 @click.option("--work", type=FOLDER, default=Path("runs/vlm"), show_default=True, help="Scenes are rendered into it.")
+@click.option("--all-emojis", is_flag=True, help="Name val's and hard's too: they are unseen no more.")
 @workers_option
 @out_option
-def vlm_questions(scenes: int, each: int, seed: int, work: Path, workers: int, out: Path) -> None:
+def vlm_questions(scenes: int, each: int, seed: int, work: Path, all_emojis: bool, workers: int, out: Path) -> None:
     """Write questions about rendered scenes, and the pictures, to be trained beside demonstrations."""
     from vlm4vla.arguments import runtime
     from vlm4vla.skills.build import questions
 
-    path = questions(scenes, each, seed, work, out, runtime(workers=workers))
+    there = out.exists()
+    path = questions(scenes, each, seed, all_emojis, work, out, runtime(workers=workers))
+    click.echo(f"{path}: {'there already, nothing done' if there else 'written'}")
     mixture = f"data.mixture=[{{conversations: {path}}}]"
     next_step("vlm4vla train --data DEMONSTRATIONS --set {} --out runs/mine", mixture)
 

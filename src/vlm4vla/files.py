@@ -53,14 +53,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary empty folder that takes the place of ``path`` when the block ends well."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for written in partial.rglob("*"):
-        if written.is_file():
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for written in partial.rglob("*"):
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is told without a name
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

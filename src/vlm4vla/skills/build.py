@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from vlm4vla import __version__
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.files import write_text
 from vlm4vla.sims.grinningface import emoji
-from vlm4vla.skills.conversations import write_conversations
-from vlm4vla.skills.questions import CUES, FILLER, TEMPLATES, Scenes, words
+from vlm4vla.skills.conversations import make_folder, write_conversations
+from vlm4vla.skills.questions import CUES, FILLER, PLACE_PHRASES, TEMPLATES, Scenes, words
 from vlm4vla.skills.scenes import make_scenes, names, version
 from vlm4vla.skills.score import score
 from vlm4vla.skills.stage import ALIGN_WEIGHT, BACKGROUND_WEIGHT, MAX_SHIFT, QUESTIONS, Stage
@@ -120,11 +121,31 @@ def test_scenes(work: Path, runtime: Runtime) -> Scenes:
     return make_scenes(TEST_SCENES, TEST_SCENE_SEED, tiny.IMAGE_SIZE, folder, runtime.workers, runtime.progress)
 
 
-def questions(num_scenes: int, each: int, seed: int, work: Path, folder: Path, runtime: Runtime) -> Path:
+def questions(
+    num_scenes: int, each: int, seed: int, all_emojis: bool, work: Path, folder: Path, runtime: Runtime
+) -> Path:
     """``each`` questions about every one of ``num_scenes`` scenes, as a file of conversations in ``folder``; as many of
-    them are free sentences as in the VLM's last step."""
-    scenes = make_scenes(num_scenes, seed, tiny.IMAGE_SIZE, work / "scenes", runtime.workers, runtime.progress)
-    return write_conversations(scenes, folder, each, seed, FREE_SHARE)
+    them are free sentences as in the VLM's last step. Does nothing where they are there.
+
+    Only emojis of ``train`` are named, as by robot demonstrations, unless ``all_emojis``; a scene without one is left
+    out.
+
+    Raises:
+        UserError: ``folder`` is something else, or another process makes it.
+    """
+    named = None if all_emojis else {e.name for e in emoji.split("train")}
+    recipe = {
+        "scenes": [version(), num_scenes, seed, tiny.IMAGE_SIZE],
+        "questions": [content_hash([TEMPLATES, PLACE_PHRASES, CUES, FILLER]), each, FREE_SHARE],
+        "emojis": "all" if all_emojis else "train",
+        "version": __version__,
+    }
+
+    def write(partial: Path) -> None:
+        scenes = make_scenes(num_scenes, seed, tiny.IMAGE_SIZE, work / "scenes", runtime.workers, runtime.progress)
+        write_conversations(scenes, partial, each, seed, FREE_SHARE, named)
+
+    return make_folder(folder, recipe, write)
 
 
 def score_folder(folder: Path, scenes: Scenes) -> dict:

@@ -5,6 +5,7 @@ point at X (cards, block, gripper), is there an X, how many cards. Questions are
 about a card that is hidden.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,13 +84,25 @@ def point_answer(uv: np.ndarray) -> str:
     return f"x{x} y{y}"
 
 
-def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator, free_share: float = 0.0) -> list[Question]:
+def ask(
+    scenes: Scenes,
+    i: int,
+    num: int,
+    rng: np.random.Generator,
+    free_share: float = 0.0,
+    named: Collection[str] | None = None,
+) -> list[Question]:
     """``num`` questions about scene ``i``. Row scenes: about a third each where, what and the rest.
 
     Args:
         free_share: share of ``where`` and ``point`` questions about cards that are free sentences.
+        named: the emojis that questions and answers may name, by default all. Of a scene that shows none of them there
+            is no question.
     """
-    place = np.flatnonzero(scenes.cards[i] >= 0)
+    seen = np.flatnonzero(scenes.cards[i] >= 0)
+    place = seen if named is None else seen[[scenes.names[k] in named for k in scenes.cards[i, seen]]]
+    if not len(place):
+        return []
     present = scenes.cards[i, place].tolist()
     name = [scenes.names[k] for k in present]
 
@@ -100,7 +113,7 @@ def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator, free_share: 
         return TEMPLATES[task][rng.integers(len(TEMPLATES[task]))].format(*values)
 
     def absent() -> str:
-        while (k := int(rng.integers(len(scenes.names)))) in present:
+        while (k := int(rng.integers(len(scenes.names)))) in present or (named and scenes.names[k] not in named):
             pass
         return scenes.names[k]
 
@@ -126,7 +139,7 @@ def ask(scenes: Scenes, i: int, num: int, rng: np.random.Generator, free_share: 
         if task == "present":
             here = rng.random() < 0.5
             return Question(task, fill(task, name[k] if here else absent()), "yes" if here else "no")
-        return Question("count", fill("count"), NUMBERS[len(present)])
+        return Question("count", fill("count"), NUMBERS[len(seen)])
 
     if scenes.row[i]:
         tasks = rng.choice(["where", "what", "left_of", "point", "present"], num, p=[0.35, 0.25, 0.08, 0.24, 0.08])
