@@ -44,13 +44,26 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - started) * 1000
 
 
+def computing(policy: Policy) -> torch.autocast:
+    """The precision that ``predict`` computes in. Begun anew in each call, as there: an autocast around several calls
+    would keep the weights that it cast in the first."""
+    half = policy.spec.training.precision == "bf16"
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=half)
+
+
 def floor(policy: Policy, look: list[Observation]) -> Callable[[], Any]:
     """The forward pass of the model below the LM head, on what ``predict`` gives it for ``look``."""
     core, seen = policy.vla.backbone.core, {}
     hook = core.register_forward_pre_hook(lambda _module, _args, values: seen.update(values), with_kwargs=True)
     policy.predict(look)
     hook.remove()
-    return torch.no_grad()(lambda: core(**seen))
+
+    @torch.no_grad()
+    def call() -> None:
+        with computing(policy):
+            core(**seen)
+
+    return call
 
 
 def plain(policy: Policy, look: list[Observation]) -> Callable[[], Any]:
@@ -60,7 +73,9 @@ def plain(policy: Policy, look: list[Observation]) -> Callable[[], Any]:
     def call() -> np.ndarray:
         texts = [inputs_of.prompt(observation.instruction) for observation in look]
         inputs = inputs_of.native([observation.images["main"] for observation in look], texts)
-        return vlm4vla.policy.decode(*model({name: value.to(policy.device) for name, value in inputs.items()})).cpu()
+        with computing(policy):
+            predicted = model({name: value.to(policy.device) for name, value in inputs.items()})
+        return vlm4vla.policy.decode(*predicted).cpu()
 
     return call
 
@@ -111,15 +126,14 @@ def main() -> None:
     for batch in options.batches:
         images = rng.integers(0, 256, (batch, options.image_size, options.image_size, 3), np.uint8)
         look = [Observation({"main": image}, INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i, image in enumerate(images)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            calls = {
-                "predict": partial(policy.predict, look),
-                "floor": floor(policy, look),
-                "plain": plain(policy, look),
-            }
-            rounds = [[milliseconds(call, device) for call in calls.values()] for _ in range(WARM_UP + options.repeats)]
-            with parts(policy) as spent:
-                whole = sum(milliseconds(calls["predict"], device) for _ in range(options.repeats))
+        calls = {
+            "predict": partial(policy.predict, look),
+            "floor": floor(policy, look),
+            "plain": plain(policy, look),
+        }
+        rounds = [[milliseconds(call, device) for call in calls.values()] for _ in range(WARM_UP + options.repeats)]
+        with parts(policy) as spent:
+            whole = sum(milliseconds(calls["predict"], device) for _ in range(options.repeats))
         spent["rest"] = whole - sum(spent.values())
         p50, p95 = np.percentile(rounds[WARM_UP:], [50, 95], axis=0)
         print(f"batch {batch}")

@@ -1,7 +1,10 @@
 """Policy folders: what is judged is what is named, and a damaged one says so."""
 
+import importlib
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +103,21 @@ def test_the_vlm_acts_in_the_precision_that_it_was_trained_in_and_the_head_in_fp
     half = policy.predict([look])[0].actions
     assert kinds == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
     np.testing.assert_allclose(half, full, atol=0.05)
+
+
+def test_answering_is_timed_as_it_is_called(monkeypatch, capsys):
+    """An autocast around the benchmark's calls would spare ``predict`` the casting of weights that it always does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    arguments = ["--precision", "bf16", "--repeats", "1", "--batches", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["predict_latency.py", *arguments])
+    predict, around = Policy.predict, []
+
+    def watched(policy, observations):
+        around.append(torch.is_autocast_enabled("cpu"))
+        return predict(policy, observations)
+
+    monkeypatch.setattr(Policy, "predict", watched)
+    importlib.import_module("predict_latency").main()
+    assert "x the floor" in capsys.readouterr().out
+    assert around
+    assert not any(around)
