@@ -1,9 +1,10 @@
 """Treatments: which parts of a VLM are trained, kept, adapted or drawn anew, with one meaning for every family.
 
 Five groups partition a VLM's parameters: ``vision`` (encoder), ``projector``, ``llm`` (decoder layers and norm),
-``word_embedding`` (input table) and ``lm_head`` (output table where it is not the input's; a policy never runs it, so
-it is kept and never trained). The released VLM4VLA code freezes Qwen's merger with its vision encoder and leaves
-PaliGemma's projector trained under the same name; here the projector is a group of its own for all.
+``word_embedding`` (input table) and ``lm_head`` (output table where it is not the input's; a policy acts without it, so
+it is never trained, with conversations neither, and drawn anew only where all is). The released VLM4VLA code freezes
+Qwen's merger with its vision encoder and leaves PaliGemma's projector trained under the same name; here the projector
+is a group of its own for all.
 """
 
 from torch import nn

@@ -2,8 +2,8 @@
 
 The query is one more position right after each *unpadded* prompt (``backbones.inputs``). During the forward pass the
 embedding table answers that position with the learnable vector. The VLM's own forward, masks and positions are used;
-its LM head is never run. Placed by position and not by a reserved id, because in some families the last vocabulary row
-is a real token. What differs between families is a row in ``backbones.families``.
+its LM head runs for conversations alone. Placed by position and not by a reserved id, because in some families the last
+vocabulary row is a real token. What differs between families is a row in ``backbones.families``.
 """
 
 import hashlib
