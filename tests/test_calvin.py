@@ -1,15 +1,13 @@
 """CALVIN. What needs the simulator runs where ``vlm4vla sims setup calvin`` was done."""
 
 import json
-import os
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import raw_data
+from simulated import run_in
 from vlm4vla.data.convert import calvin as raw
 from vlm4vla.data.convert.base import convert
 from vlm4vla.data.lerobot import Dataset
@@ -107,12 +105,8 @@ print(json.dumps([before.credits["length"], before.steps, after.credits["length"
 @pytest.mark.slow
 @simulated
 def test_an_instruction_counts_when_its_task_is_done_and_cuts_the_chunk():
-    command = [environments.interpreter("calvin"), "-c", SOLVED]
-    source = str(Path(calvin.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": source}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+    said = run_in("calvin", SOLVED)
+    told = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
     assert told[:5] == [0, 8, 1, 1, False]
     assert told[5] == "pull the handle to open the drawer"
     assert told[6] != told[5]
@@ -142,10 +136,7 @@ np.savez(sys.argv[1], **{key: np.stack([row[key] for row in rows]) for key in ro
 @simulated
 def test_converted_demonstrations_played_open_loop_reach_the_same_end(tmp_path):
     """Recorded by CALVIN's own environment in its raw layout, converted, played by our simulator."""
-    command = [environments.interpreter("calvin"), "-c", RECORDED, str(tmp_path / "recorded.npz")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(calvin.__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_in("calvin", RECORDED, tmp_path / "recorded.npz")
     with np.load(tmp_path / "recorded.npz") as file:
         recorded = dict(file)
     steps = len(recorded["rel_actions"]) - 1

@@ -3,14 +3,13 @@
 import json
 import os
 import pickle
-import subprocess
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import raw_data
+from simulated import run_in
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.convert import libero as raw
 from vlm4vla.data.convert.base import convert
@@ -139,25 +138,32 @@ def test_the_published_order_is_the_same_for_a_worker_that_was_not_there():
     np.testing.assert_array_equal(whole.state, alone.state)
 
 
+PUBLISHED = """
+import numpy as np
+from vlm4vla.sims.libero import initial_states
+
+def published(sim):
+    # The published way to the start of episode 0 of sim: cameras are rendered at every step.
+    from libero.libero.envs import OffScreenRenderEnv
+    name = sim._names[0]
+    np.random.seed(0)
+    env = OffScreenRenderEnv(bddl_file_name=str(sim._root / "bddl_files/libero_10" / f"{name}.bddl"),
+                             camera_heights=256, camera_widths=256)
+    env.env.object_property_initializers.clear()
+    np.random.seed(0)
+    env.reset()
+    return env, env.set_init_state(initial_states(sim._root / "init_files/libero_10" / f"{name}.pruned_init")[0])
+"""
+
 COMPARE = """
 import json, sys
-import numpy as np
-from vlm4vla.sims.libero import Libero, SETTLE_STEPS, initial_states
+from vlm4vla.sims.libero import Libero, SETTLE_STEPS
 sim = Libero(cameras=["main", "wrist"])
 sim.reset(0)
 sim.execute(np.full((5, 7), 0.4))
 ours = sim.observe()
 sim.close()
-# The published way: cameras rendered at every step, hold action, 8 numbers of state.
-from libero.libero.envs import OffScreenRenderEnv
-name = sim._names[0]
-np.random.seed(0)
-env = OffScreenRenderEnv(bddl_file_name=str(sim._root / "bddl_files/libero_10" / f"{name}.bddl"),
-                         camera_heights=256, camera_widths=256)
-env.env.object_property_initializers.clear()
-np.random.seed(0)
-env.reset()
-obs = env.set_init_state(initial_states(sim._root / "init_files/libero_10" / f"{name}.pruned_init")[0])
+env, obs = published(sim)
 for action in [[0.0] * 6 + [-1.0]] * SETTLE_STEPS + [[0.4] * 6 + [1.0]] * 5:
     obs, reward, done, info = env.step(action)
 pixels = {"main": obs["agentview_image"], "wrist": obs["robot0_eye_in_hand_image"]}
@@ -171,32 +177,17 @@ print(json.dumps([unlike, float(np.abs(state - ours.state[[0, 1, 2, 6, 7]]).max(
 @pytest.mark.slow
 @simulated
 def test_pixels_and_states_are_those_of_an_environment_that_renders_every_step():
-    command = [environments.interpreter("libero"), "-c", COMPARE]
-    source = str(Path(libero.__file__).parents[2])
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    pixels, state, torch = json.loads(done.stdout.splitlines()[-1])
+    told = run_in("libero", PUBLISHED + COMPARE)
+    pixels, state, torch = json.loads(told.splitlines()[-1])
     assert (pixels, torch) == ({"main": 0, "wrist": 0}, False)
     assert state < 1e-6, "float32"
 
 
 RECORDED = """
 import sys
-import numpy as np
-from vlm4vla.sims.libero import Libero, SETTLE_STEPS, axis_angle, initial_states
-sim = Libero()
-name = sim._names[0]
-from libero.libero.envs import OffScreenRenderEnv
-# As LIBERO's demonstrations were made: what is seen before each action; the layout is that of our episode 0.
-np.random.seed(0)
-env = OffScreenRenderEnv(bddl_file_name=str(sim._root / "bddl_files/libero_10" / f"{name}.bddl"),
-                         camera_heights=256, camera_widths=256)
-env.env.object_property_initializers.clear()
-np.random.seed(0)
-env.reset()
-obs = env.set_init_state(initial_states(sim._root / "init_files/libero_10" / f"{name}.pruned_init")[0])
+from vlm4vla.sims.libero import Libero, SETTLE_STEPS, axis_angle
+env, obs = published(Libero())
+# As LIBERO's demonstrations were made: what is seen before each action.
 for _ in range(SETTLE_STEPS):
     obs, *_ = env.step([0.0] * 6 + [-1.0])
 rng = np.random.default_rng(7)
@@ -219,10 +210,7 @@ np.savez(sys.argv[1], actions=actions, **{key: np.stack([row[key] for row in row
 @simulated
 def test_converted_demonstrations_played_open_loop_reach_the_same_end(tmp_path):
     """Recorded by LIBERO's own environment in its raw layout, converted, played by our simulator."""
-    command = [environments.interpreter("libero"), "-c", RECORDED, str(tmp_path / "recorded.npz")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(libero.__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_in("libero", PUBLISHED + RECORDED, tmp_path / "recorded.npz")
     with np.load(tmp_path / "recorded.npz") as file:
         recorded = dict(file)
     actions = recorded.pop("actions")
