@@ -6,7 +6,6 @@ number of processes nor interruptions change a byte. Each finished attempt is a 
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
@@ -21,11 +20,10 @@ from tqdm import tqdm
 from vlm4vla import __version__, sims
 from vlm4vla.convention import Convention
 from vlm4vla.data.layout import IMAGE, OWN_KEY, STATE, vectors
-from vlm4vla.data.resumable import begin, finished, processes
+from vlm4vla.data.resumable import begin, finished, once, processes
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.files import replacing
-from vlm4vla.locks import locked
 from vlm4vla.sims import protocols
 from vlm4vla.sims.base import Sim
 from vlm4vla.sims.protocols import DEMO_SEED, Protocol
@@ -70,24 +68,21 @@ def record(data: DataSpec, folder: Path, workers: int, progress: bool) -> Summar
     identity = recording(data)
     proto = protocols.protocol(str(data.protocol))
     partial = folder.with_name(folder.name + ".partial")
-    if folder.exists() and not partial.exists():
-        return _summary(folder, identity)
-    with locked(partial / "lock", "recording"):
-        if not folder.exists():
-            begin(partial, "recording", identity)
-            shards = partial / "episodes"
-            shards.mkdir(exist_ok=True)
-            done = _attempt(proto, data, shards, workers, progress)
-            succeeded = [attempt for attempt in sorted(done) if done[attempt]]
-            failed = [_seed(data, attempt) for attempt in sorted(done) if not done[attempt]]
-            convention = _load(_shard(shards, succeeded[0], True))[1]
-            episodes = (_load(_shard(shards, attempt, True))[0] for attempt in succeeded)
-            versions = _versions([_shard(shards, attempt, True) for attempt in succeeded])
-            provenance = {"recording": identity, "failed_seeds": failed, "versions": versions}
-            write(folder, episodes, convention, provenance, staging=partial / "dataset")
-        summary = _summary(folder, identity)
-        shutil.rmtree(partial)
-    return summary
+
+    def make() -> None:
+        begin(partial, "recording", identity)
+        shards = partial / "episodes"
+        shards.mkdir(exist_ok=True)
+        done = _attempt(proto, data, shards, workers, progress)
+        succeeded = [attempt for attempt in sorted(done) if done[attempt]]
+        failed = [_seed(data, attempt) for attempt in sorted(done) if not done[attempt]]
+        convention = _load(_shard(shards, succeeded[0], True))[1]
+        episodes = (_load(_shard(shards, attempt, True))[0] for attempt in succeeded)
+        versions = _versions([_shard(shards, attempt, True) for attempt in succeeded])
+        provenance = {"recording": identity, "failed_seeds": failed, "versions": versions}
+        write(folder, episodes, convention, provenance, staging=partial / "dataset")
+
+    return once(folder, partial, "recording", make, lambda: _summary(folder, identity))
 
 
 def recording(data: DataSpec) -> dict:

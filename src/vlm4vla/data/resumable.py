@@ -1,21 +1,45 @@
-"""What the makers of data sets share (``record.py``, ``convert/``): whose an unfinished or finished folder is, and
-processes that may die. What is made is named by one word: ``recording``, ``conversion``."""
+"""What the makers of data share (``record.py``, ``convert/``, ``skills/conversations.py``): a folder is made once, the
+unfinished and the finished one are somebody's, and processes may die. A word names what is made: ``recording``."""
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm4vla.data.layout import OWN_KEY
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.errors import UserError
 from vlm4vla.files import write_text
+from vlm4vla.locks import locked
 from vlm4vla.sims.worker import start_pool_process
+
+Made = TypeVar("Made")
+
+
+def once(folder: Path, work: Path, what: str, make: Callable[[], None], look: Callable[[], Made]) -> Made:
+    """``look`` at ``folder``, after ``make`` made it in ``work`` where it is not there; then ``work`` is removed.
+
+    Args:
+        what: for the message to the second of two processes.
+        look: raises ``UserError`` where ``folder`` is something else.
+
+    Raises:
+        UserError: another process makes it.
+    """
+    if folder.exists() and not work.exists():
+        return look()
+    with locked(work / "lock", what):
+        if not folder.exists():
+            make()
+        made = look()
+        shutil.rmtree(work)
+    return made
 
 
 def begin(partial: Path, what: str, identity: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Questions about rendered scenes as a file of conversations, to be trained on beside demonstrations."""
 
 import json
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm4vla.data.resumable import once
 from vlm4vla.errors import UserError
 from vlm4vla.files import new_folder
-from vlm4vla.locks import locked
 from vlm4vla.skills.questions import Scenes, ask
 
 NAME = "conversations.jsonl"
@@ -28,23 +27,20 @@ def make_folder(folder: Path, recipe: dict[str, Any], write: Callable[[Path], No
     """
     said = json.dumps(recipe, indent=4)
 
-    def finished() -> bool:
-        if not folder.exists():
-            return False
+    work = folder.with_name(f".{folder.name}.questions")
+
+    def make() -> None:
+        with new_folder(work / folder.name) as partial:
+            write(partial)
+            (partial / RECIPE).write_text(said)
+        (work / folder.name).rename(folder)
+
+    def look() -> Path:
         if not (folder / RECIPE).is_file() or (folder / RECIPE).read_bytes() != said.encode():
             raise UserError(f"{folder}, which is something else", "a new folder, or the same questions", "name another")
-        return True
+        return folder / NAME
 
-    if not finished():
-        work = folder.with_name(f".{folder.name}.questions")
-        with locked(work / "lock", "folder of questions"):
-            if not finished():
-                with new_folder(work / folder.name) as partial:
-                    write(partial)
-                    (partial / RECIPE).write_text(said)
-                (work / folder.name).rename(folder)
-            shutil.rmtree(work)
-    return folder / NAME
+    return once(folder, work, "folder of questions", make, look)
 
 
 def write_conversations(

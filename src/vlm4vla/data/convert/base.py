@@ -24,10 +24,9 @@ from tqdm import tqdm
 from vlm4vla import __version__
 from vlm4vla.convention import Convention
 from vlm4vla.data.layout import STATE, vectors
-from vlm4vla.data.resumable import begin, finished, processes
+from vlm4vla.data.resumable import begin, finished, once, processes
 from vlm4vla.data.write import Clip, Episode, write
 from vlm4vla.errors import UserError
-from vlm4vla.locks import locked
 from vlm4vla.sims.film import Film
 
 
@@ -103,24 +102,21 @@ def convert(source: Source, out: Path, workers: int, progress: bool, drop_damage
     """
     identity = json.loads(json.dumps({**source.identity(), "version": __version__}))
     partial = out.with_name(out.name + ".partial")
-    if out.exists() and not partial.exists():
-        return _summary(out, identity, drop_damaged)
-    with locked(partial / "lock", "conversion"):
-        if not out.exists():
-            begin(partial, "conversion", identity)
-            shards = partial / "shards"
-            shards.mkdir(exist_ok=True)
-            number = _make_shards(source, shards, workers, progress, drop_damaged)
-            made = [_Shard.read(shards / _name(i)) for i in range(number)]
-            left: Counter[str] = sum((Counter(shard.left_out) for shard in made), Counter())
-            damaged = [message for shard in made for message in shard.damaged]
-            _check_damaged(shards, damaged, drop_damaged)
-            provenance = {"conversion": identity, "left_out": dict(left), "damaged": damaged}
-            episodes = (episode for shard in made for episode in shard.episodes())
-            write(out, episodes, source.convention, provenance, staging=partial / "dataset")
-        summary = _summary(out, identity, drop_damaged)
-        shutil.rmtree(partial)
-    return summary
+
+    def make() -> None:
+        begin(partial, "conversion", identity)
+        shards = partial / "shards"
+        shards.mkdir(exist_ok=True)
+        number = _make_shards(source, shards, workers, progress, drop_damaged)
+        made = [_Shard.read(shards / _name(i)) for i in range(number)]
+        left: Counter[str] = sum((Counter(shard.left_out) for shard in made), Counter())
+        damaged = [message for shard in made for message in shard.damaged]
+        _check_damaged(shards, damaged, drop_damaged)
+        provenance = {"conversion": identity, "left_out": dict(left), "damaged": damaged}
+        episodes = (episode for shard in made for episode in shard.episodes())
+        write(out, episodes, source.convention, provenance, staging=partial / "dataset")
+
+    return once(out, partial, "conversion", make, lambda: _summary(out, identity, drop_damaged))
 
 
 def _make_shards(source: Source, folder: Path, workers: int, progress: bool, drop_damaged: bool) -> int:
