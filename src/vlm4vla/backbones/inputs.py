@@ -30,6 +30,9 @@ Turns = Sequence[tuple[str, str]]
 Positions = Callable[..., tuple[Tensor, Tensor]]
 """``get_rope_index`` of a model with several position axes: ids, types and picture sizes -> (axes, B, L)."""
 INSTRUCTIONS_KEPT = 1 << 14
+SIZES = ("_grid_thw", "image_sizes", "batch_num_images")
+"""Endings of the names of what a processor says of pictures' sizes and number: models read that one by one, and would
+wait for a device each time."""
 ANSWER = "\ue000"
 """Of Unicode's private use: stands for an answer where a template is asked what it writes around one."""
 
@@ -207,9 +210,8 @@ class Inputs:
             pictures = images.cpu().numpy()
         images_only: Any = self.processor.image_processor
         made = images_only([[picture] for picture in pictures], **options)
-        # Sizes stay on the CPU: they are read there.
         return {
-            name: value if name.endswith("_grid_thw") else value.to(images.device)
+            name: value.cpu() if name.endswith(SIZES) else value.to(images.device)
             for name, value in made.items()
             if name in self.image_names
         }

@@ -54,6 +54,8 @@ class PackedVision:
         # Not set_attn_implementation(), which would look for a kernel package of that name.
         tower.config._attn_implementation = NAME
         self.known: dict[tuple, dict[str, Any]] = {}
+        if hasattr(tower, "embeddings"):  # GLM looks the pictures' sizes up for each patch, on the patches' device
+            tower.embeddings.register_forward_pre_hook(_together)
 
     def prepared(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
         """Arguments for the model's forward pass: all that the tower derives from ``image_grid_thw`` (B, 3)."""
@@ -87,6 +89,11 @@ class PackedVision:
                 spatial_merge_size=merge,
             )
         return made
+
+
+def _together(_module: nn.Module, args: tuple) -> tuple:
+    """A module's tensors on the device of the first."""
+    return tuple(value.to(args[0].device) if isinstance(value, Tensor) else value for value in args)
 
 
 def packed_vision(vlm: PreTrainedModel) -> PackedVision | None:
