@@ -132,3 +132,20 @@ def test_the_query_starts_at_zero_or_with_the_spread_of_words(vlm_and_processor)
     torch.manual_seed(0)
     drawn = Backbone(vlm, processor, query_init="normal").query
     assert 0.8 < float(drawn.std() / vlm.get_input_embeddings().weight.std()) < 1.25
+
+
+def test_texts_are_made_with_one_look_at_a_picture_of_their_size(vlm_and_processor, monkeypatch):
+    looked = []
+    kind = type(vlm_and_processor[1].image_processor)
+    original = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *args, **options: (looked.append(1), original(*args, **options))[1])
+    inputs = Backbone(*vlm_and_processor).inputs
+    for text in TEXTS:
+        inputs.tokens([text], 96, 96)
+    assert len(looked) == 1
+    inputs.answers([(("user", "where is the cat"), ("assistant", "left"))], 96, 96)
+    assert len(looked) == 1
+    inputs.tokens(TEXTS[:1], 64, 64)
+    assert len(looked) == 2
+    inputs.native([np.zeros((96, 96, 3), np.uint8)], [inputs.prompt(TEXTS[0])])
+    assert len(looked) == 3, "the processor itself goes on looking"

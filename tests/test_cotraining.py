@@ -1,6 +1,7 @@
 """Robot sets and conversations in one training: what is drawn, the language loss, resuming, several processes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from test_processes import STEPS, assert_same, run, together
 from vlm4vla.arguments import trained_on
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import FAMILIES, family
+from vlm4vla.backbones.inputs import Inputs
 from vlm4vla.backbones.vlm import Backbone, save_vlm
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.sources import Sources
+from vlm4vla.data.vqa import Conversations
 from vlm4vla.data.write import Episode, write
 from vlm4vla.errors import UserError
 from vlm4vla.metrics import read_metrics
@@ -31,6 +34,7 @@ from vlm4vla.training import imitation
 from vlm4vla.training.forecast import forecast
 from vlm4vla.training.imitation import Imitation, train
 from vlm4vla.training.loop import make_batch
+from vlm4vla.training.stream import stream
 
 SIZE = 96
 TALK = (("user", "where is the cat"), ("assistant", "left"))
@@ -137,12 +141,12 @@ def test_the_embedded_vlm_is_asked_as_it_was_taught():
 def test_conversations_that_a_model_cannot_be_given_are_refused():
     plain = Backbone(*tiny_families.draw("paligemma1"))
     with pytest.raises(UserError, match="a question and its answer: PaliGemma"):
-        plain.encode_answers(np.zeros((1, SIZE, SIZE, 3), np.uint8), [TURNS])
+        plain.inputs.require_talk(TURNS)
     with pytest.raises(UserError, match="special token '<eos>'"):
-        plain.encode_answers(np.zeros((1, SIZE, SIZE, 3), np.uint8), [(TALK[0], ("assistant", "a<eos>"))])
+        plain.inputs.require_talk((TALK[0], ("assistant", "a<eos>")))
     headless = Backbone(*tiny_families.draw("kosmos2"))
     with pytest.raises(UserError, match="Kosmos-2, which is opened without its LM head"):
-        headless.encode_answers(np.zeros((1, SIZE, SIZE, 3), np.uint8), [TALK])
+        headless.require_words()
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -188,9 +192,9 @@ def test_what_all_sources_hold_identifies_them(tmp_path):
     def opened(weight=1.0):
         return Sources.open(DataSpec(folder="x", mixture=(SourceSpec(conversations=path, weight=weight),)), folder)
 
-    first = opened()
+    first = opened().content_hash
     Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "talks" / "3.png")  # black: a smaller file
-    assert opened().content_hash != first.content_hash, "another picture"
+    assert opened().content_hash != first, "another picture"
     assert opened(2.0).content_hash != opened().content_hash, "another share"
     assert opened().content_hash == opened().content_hash
 
@@ -215,13 +219,17 @@ def test_a_record_with_no_picture_or_several_is_refused_before_training(tmp_path
     path = talks(tmp_path / "talks")
     with open(path, "a") as file:
         file.write('\n{"images": ["0.png", "1.png"], "conversations": [{"from": "human", "value": "a"}, ')
-        file.write('{"from": "gpt", "value": "b"}]}')
+        file.write('{"from": "gpt", "value": "left"}]}')
     data = DataSpec(folder="x", mixture=(SourceSpec(conversations=path),))
+    sources = Sources.open(data, demonstrations(tmp_path / "a"))
+    backbone = Backbone(*tiny.build(["cat"], words(), 0))
     with pytest.raises(UserError, match="record 6 with 2 pictures"):
-        Sources.open(data, demonstrations(tmp_path / "a"))
+        stream(backbone, sources, 4, one_shape=False)
+    talks(tmp_path / "one")
+    Path(path).write_text((tmp_path / "one" / "talks.jsonl").read_text())
     (tmp_path / "talks" / "1.png").unlink()
     with pytest.raises(UserError, match=r"1\.png"):
-        Sources.open(data, tmp_path / "a")
+        stream(backbone, Sources.open(data, tmp_path / "a"), 4, one_shape=False)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +336,31 @@ def test_what_training_refuses_a_dry_run_refuses_as_well(job, tmp_path):
         sources, runtime = Sources.open(changed.data, demos), Runtime(device="cpu", compile=compiled)
         with pytest.raises(UserError, match=message):
             forecast(changed, runtime, SIZE, 1, sources)
+
+
+def test_records_are_read_once_before_the_first_step_and_each_is_tokenised_once(job, tmp_path, monkeypatch):
+    """Six records, of which 16 samples are drawn."""
+    spec, demos = job
+    training = spec.training.model_copy(update={"steps": 16})
+    read, asked, written = [], [], []
+
+    def counted(cls, name, calls):
+        original = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, key, *rest: (calls.append(key), original(self, key, *rest))[1])
+
+    counted(Conversations, "_record", read)
+    counted(Inputs, "require_talk", asked)
+    counted(Inputs, "script", written)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imitation, "fit", lambda *_: None)
+        train(spec, demos, tmp_path / "none", QUIET)
+    assert read == list(range(6))
+    assert (len(asked), len(written)) == (6, 0)
+    read.clear()
+    train(spec.model_copy(update={"training": training}), demos, tmp_path / "out", QUIET)
+    assert len(asked) == 12
+    assert len(written) == 1, "all six say the same"
+    assert len(read) == 6 + 16, "and each sample drawn"
 
 
 def test_killed_it_goes_on_at_the_exact_sample(job, alone, tmp_path):

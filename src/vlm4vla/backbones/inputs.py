@@ -5,8 +5,8 @@ pictures are resized and normalised in batches by the model's own image processo
 Together they are what the whole processor would have made (``backbones.check`` compares them).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -25,14 +25,17 @@ from vlm4vla.spec import Compat
 
 Processor = Any
 """A transformers processor; their call signatures are only known at run time."""
-Turns = Sequence[tuple[str, str]]
+Turns = tuple[tuple[str, str], ...]
 """Role (system, user, assistant) and text; user and assistant in turn."""
 Positions = Callable[..., tuple[Tensor, Tensor]]
 """``get_rope_index`` of a model with several position axes: ids, types and picture sizes -> (axes, B, L)."""
-INSTRUCTIONS_KEPT = 1 << 14
 SIZES = ("_grid_thw", "image_sizes", "batch_num_images")
 """Endings of the names of what a processor says of pictures' sizes and number: models read that one by one, and would
 wait for a device each time."""
+TEXTS_KEPT = 1 << 14
+"""Instructions, and as many conversations, whose tokens are kept: 10 kB each at 300 tokens."""
+SIZES_KEPT = 8
+"""Picture sizes whose texts are made without looking at a picture each time."""
 ANSWER = "\ue000"
 """Of Unicode's private use: stands for an answer where a template is asked what it writes around one."""
 
@@ -67,7 +70,9 @@ class Inputs:
         self.processor, self.family, self.positions = processor, family, positions
         # VLM4VLA's release enlarges what Qwen and InternVL see, so that its 224 px become 256 visual tokens.
         self.side = 448 if "upsample_448" in compat else None
-        self.rows = lru_cache(INSTRUCTIONS_KEPT)(self._row)
+        self.rows = lru_cache(TEXTS_KEPT)(self._row)
+        self.talks = lru_cache(TEXTS_KEPT)(self._talk)
+        self.blind = lru_cache(SIZES_KEPT)(self._blind)
         self.length = 0
         """Positions that batches have at least: a compiled model wants one shape."""
         self.image_names: frozenset[str] = frozenset()
@@ -90,10 +95,8 @@ class Inputs:
         """A conversation about a picture as the model's template writes it, in pieces: text, and whether the model is
         to say it. An answer ends as the template ends it, where it says nothing with the end-of-sequence token.
 
-        Raises:
-            UserError: see ``require_talk``.
+        ``turns`` is one that ``require_talk`` lets pass: a training asks it of all records before its first step.
         """
-        self.require_talk(turns)
         end = self.processor.tokenizer.eos_token
         system, turns = (turns[0][1], turns[1:]) if turns[0][0] == "system" else (self.family.system, turns)
         questions, answers = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
@@ -145,12 +148,15 @@ class Inputs:
                     "take the token out of the text",
                 )
 
-    def native(self, images: Sequence[np.ndarray], text: Sequence[str]) -> dict[str, Tensor]:
-        """What the model's own processor makes of pictures and prompts, padded on the side it likes."""
+    def native(
+        self, images: Sequence[np.ndarray], text: Sequence[str], processor: Processor | None = None
+    ) -> dict[str, Tensor]:
+        """What the model's own processor (or a ``blind`` one) makes of pictures and prompts, padded on the side it
+        likes."""
         bos = self.processor.tokenizer.bos_token
         # Several templates write the bos token that their tokenizer adds once more.
         written = {"add_special_tokens": False} if bos and self.family.plain is None and text[0].startswith(bos) else {}
-        made = self.processor(
+        made = (processor or self.processor)(
             text=list(text),
             images=[[image] for image in images],
             return_tensors="pt",
@@ -177,7 +183,7 @@ class Inputs:
         ``labels`` (B, L), -100 except on what the model is to say, and the positions ``kept`` (P,), before a label of
         any row."""
         height, width = (self.side or height, self.side or width)
-        batch = self._padded([self._talk(turns, height, width) for turns in talks])
+        batch = self._padded([self.talks(turns, height, width) for turns in talks])
         return {**batch, "kept": (batch["labels"][:, 1:] >= 0).any(0).nonzero()[:, 0]}
 
     def _padded(self, rows: Sequence[dict[str, Tensor]], length: int = 0) -> dict[str, Tensor]:
@@ -247,16 +253,20 @@ class Inputs:
             labels.append(ids if said else torch.full_like(ids, -100))
         return {**row, "labels": torch.cat(labels)}
 
+    def _blind(self, height: int, width: int) -> Processor:
+        """The processor for texts about a picture of one size: to look at one again for each text would take half of
+        the time. A copy: others may prepare pictures with the processor itself meanwhile."""
+        processor = copy(self.processor)
+        processor.image_processor = Remembering(processor.image_processor)
+        return processor
+
     def _prompted(self, text: str, height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The (L,) tensors of a prompt about a picture of this size, and what the processor says of its size."""
-        blank = np.zeros((height, width, 3), np.uint8)
-        if self.image_names:
-            made = self.native([blank], [text])
-        else:  # only once: from then on one thread may make rows while another prepares pictures
-            with overhear(self.processor) as options:
-                made = self.native([blank], [text])
+        processor = self.blind(height, width)
+        made = self.native([np.zeros((height, width, 3), np.uint8)], [text], processor)
+        if not self.image_names:
             shape = made["input_ids"].shape
-            self.image_options = options
+            self.image_options = processor.image_processor.options
             self.image_names = frozenset(name for name, value in made.items() if value.shape != shape)
         row = {name: value[0] for name, value in made.items() if name not in self.image_names}
         return row, {name: made[name] for name in self.image_names if name.endswith("_grid_thw")}
@@ -269,24 +279,23 @@ class Inputs:
         return {name: torch.cat([value, more[name]]) for name, value in row.items()}
 
 
-@contextmanager
-def overhear(processor: Processor) -> Iterator[dict[str, Any]]:
-    """The arguments that ``processor`` gives its image processor: some add their own, each in its own way."""
-    inner, heard = processor.image_processor, {}
+class Remembering:
+    """An image processor that looks once: what it made of the first pictures is its answer ever after.
 
-    class Listener:
-        def __call__(self, images: Any, **options: Any) -> Any:
-            heard.update(options)
-            return inner(images, **options)
+    Attributes:
+        options: the arguments that the whole processor gave it: some add their own, each in its own way.
+    """
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
+    def __init__(self, inner: Any):
+        self.inner, self.options, self.made = inner, {}, None
 
-    processor.image_processor = Listener()
-    try:
-        yield heard
-    finally:
-        processor.image_processor = inner
+    def __call__(self, images: Any, **options: Any) -> Any:
+        if self.made is None:
+            self.options, self.made = options, self.inner(images, **options)
+        return copy(self.made)  # some processors take entries out of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
 def _require_image(processor: Processor) -> None:

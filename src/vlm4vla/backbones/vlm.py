@@ -88,10 +88,8 @@ class Backbone(nn.Module):
     def encode_answers(self, images: np.ndarray, talks: Sequence[Turns]) -> dict[str, Tensor]:
         """uint8 (B, H, W, 3) pictures and a conversation about each -> ``answer_losses``'s inputs, on the CPU.
 
-        Raises:
-            UserError: this model is opened without an LM head, or cannot be given such a conversation.
+        The model is one that ``require_words``, the conversations are such as ``Inputs.require_talk`` lets pass.
         """
-        self.require_words()
         return {"images": torch.from_numpy(images), **self.inputs.answers(talks, *images.shape[1:3])}
 
     def require_words(self) -> None:

@@ -5,6 +5,7 @@ below N is a frame, one from N on is a record of a conversation file.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -19,6 +20,9 @@ from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.vqa import Conversations, Turns
 from vlm4vla.errors import UserError
 from vlm4vla.pictures import resized
+
+DECODERS = 4
+"""Threads that read the pictures of a batch's conversations."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,11 @@ class Sources:
 
     @classmethod
     def open(cls, data: spec.DataSpec, folder: Path | str) -> "Sources":
-        """The demonstrations in ``folder``, and ``data.mixture`` beside them.
+        """The demonstrations in ``folder``, and ``data.mixture`` beside them; no record of a conversation is read yet.
 
         Raises:
-            UserError: a source that cannot be opened, a record with another number of pictures than one, or robot sets
-                whose actions mean different things, or whose pictures differ in size without ``data.image_size``.
+            UserError: a source that cannot be opened, or robot sets whose actions mean different things, or whose
+                pictures differ in size without ``data.image_size``.
         """
         robots = [source for source in data.mixture if source.folder]
         talks = [source for source in data.mixture if source.conversations]
@@ -53,7 +57,7 @@ class Sources:
             names.append(name if name not in names else next(other for other in free if other not in names))
         return cls(
             sets,
-            tuple(_asked(Conversations.open(str(source.conversations), source.images)) for source in talks),
+            tuple(Conversations.open(str(source.conversations), source.images) for source in talks),
             (1.0, *(source.weight for source in (*robots, *talks))),
             tuple(names),
         )
@@ -130,8 +134,14 @@ class Sources:
 
     def records(self, samples: np.ndarray, size: int) -> tuple[np.ndarray, list[Turns]]:
         """Of samples (B,) from N on: their pictures, uint8 (B, size, size, 3), and what is said about them."""
-        found = [self.conversations[k - len(self.sets)][int(i)] for k, i in self._places(samples)]
-        return np.stack([resized(record.images[0], size) for record in found]), [record.turns for record in found]
+
+        def read(place: tuple[int, int]) -> tuple[np.ndarray, Turns]:
+            record = self.conversations[place[0] - len(self.sets)][place[1]]
+            return resized(record.images[0], size), record.turns
+
+        with ThreadPoolExecutor(DECODERS) as pool:  # pillow decodes and resizes without holding Python's lock
+            pictures, turns = zip(*pool.map(read, self._places(samples)), strict=True)
+        return np.stack(pictures), list(turns)
 
     @property
     def shares(self) -> list[float]:
@@ -188,15 +198,3 @@ def _check_alike(first: Dataset, other: Dataset, size: int | None) -> None:
             "one size, or a size to bring them to",
             "add --set data.image_size=224",
         )
-
-
-def _asked(talks: Conversations) -> Conversations:
-    """The same, each record of which is about one picture: a batch is made of such."""
-    if (strange := np.flatnonzero(talks.num_pictures != 1)).size:
-        raise UserError(
-            f"{talks.path}, record {strange[0]} with {talks.num_pictures[strange[0]]} pictures ({len(strange)} records "
-            "have another number than one)",
-            "conversations about one picture each",
-            "leave those records out of the file",
-        )
-    return talks

@@ -72,25 +72,38 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.bounds)
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 (hex) of the file, and of name and size in bytes of every picture in it: to read millions would take
-        longer than many a training."""
-        return self._scanned[0]
+        longer than many a training. Raises ``UserError`` as ``check`` does."""
+        return self._scan(lambda turns: None)
 
-    @property
-    def num_pictures(self) -> np.ndarray:
-        """int64 (N,): of each record."""
-        return self._scanned[1]
+    def check(self, talk: Callable[[Turns], None]) -> None:
+        """Read all records and look up their pictures, so that what cannot be trained on is told before a training.
 
-    @cached_property
-    def _scanned(self) -> tuple[str, np.ndarray]:
-        """All records read and pictures looked up once, so that what is missing is told before a training."""
+        Raises:
+            UserError: a record that is not a conversation or is about another number of pictures than one, a picture
+                that is not there, or what ``talk`` raises about a record's turns; file and record are told.
+        """
+        self.__dict__["content_hash"] = self._scan(talk)  # where the property keeps it: records are read once
+
+    def _scan(self, talk: Callable[[Turns], None]) -> str:
         counts, names = np.empty(len(self), np.int64), set()
         for index in range(len(self)):
-            found, _ = self._record(index)
+            found, turns = self._record(index)
             counts[index] = len(found)
             names.update(found)
+            try:
+                talk(turns)
+            except UserError as error:
+                raise UserError(f"{self._where(index)}: {error.found}", error.expected, error.next_step) from error
+        if (strange := np.flatnonzero(counts != 1)).size:
+            raise UserError(
+                f"{self._where(strange[0])} with {counts[strange[0]]} pictures ({len(strange)} records have another "
+                "number than one)",
+                "conversations about one picture each",
+                "leave those records out of the file",
+            )
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         for name in sorted(names):
@@ -99,7 +112,7 @@ class Conversations:
             except OSError as error:
                 raise self._no_picture(str(self.path), name, error) from error
             digest.update(f"{name}\0{size}\0".encode())
-        return digest.hexdigest(), counts
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Conversation:
         """Read a record and its pictures.
@@ -109,14 +122,6 @@ class Conversations:
         """
         names, turns = self._record(index)
         return Conversation(tuple(self._picture(index, name) for name in names), turns)
-
-    def check(self, talk: Callable[[Turns], None]) -> None:
-        """Every record's turns are given to ``talk``; of a ``UserError`` that it raises, file and record are told."""
-        for index in range(len(self)):
-            try:
-                talk(self._record(index)[1])
-            except UserError as error:
-                raise UserError(f"{self._where(index)}: {error.found}", error.expected, error.next_step) from error
 
     def _where(self, index: int) -> str:
         return f"{self.path}, record {index}"

@@ -17,7 +17,7 @@ from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import parameters_hash
 from vlm4vla.data.augment import Draws, augmentation
-from vlm4vla.data.mixture import shuffled
+from vlm4vla.data.mixture import Mixture, shuffled
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.sources import Sources
 from vlm4vla.data.windows import windows
@@ -41,18 +41,21 @@ without a frame, or without a conversation, is given the first one there is."""
 class Imitation:
     """Predict the recorded chunk from one picture and the instruction (see ``training.loop.Objective``)."""
 
-    def __init__(self, policy: Policy, sources: Sources, cached: bool = True, one_shape: bool = False):
-        """``one_shape``: every prompt is padded to the longest.
-
-        Raises:
-            UserError: see ``stream``.
-        """
+    def __init__(
+        self,
+        policy: Policy,
+        sources: Sources,
+        mixture: Mixture | None = None,
+        cached: bool = True,
+        one_shape: bool = False,
+    ):
+        """``mixture``: of several sources, see ``stream``. ``one_shape``: every prompt is padded to the longest."""
         self.policy, self.sources, self.spec = policy, sources, policy.spec
         self.vla = policy.vla
         self.module: nn.Module = policy.vla
         self.augment = augmentation(self.spec.training)
         self.pictures = sources.pictures(policy.image_size, cached)
-        self.mixture = stream(self.vla.backbone, sources, self.spec.training.batch_size, one_shape)
+        self.mixture = mixture
         # Once, before batches are made in a thread: a tokenizer may not be used by two threads at a time.
         inputs, size = self.vla.backbone.inputs, policy.image_size
         inputs.rows("", size, size)
@@ -186,6 +189,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     recorded_size = demonstrations.camera_size("main")
     vla, backbone_hash = _begin(spec, sources.states.shape[1] if spec.proprioception else 0)
     vlm, processor = vla.backbone.vlm, vla.backbone.processor
+    mixture = stream(vla.backbone, sources, spec.training.batch_size, runtime.compile)
     drawn = sources.frame_weights
     actions = Normalizer.fit(sources.actions, mode=spec.head.normalize, bound=spec.head.bound, weights=drawn)
     card = {
@@ -216,7 +220,7 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     samples = spec.training.batch_size // processes
     told = memory.told(lambda: gib_needed(vla, audited.sizes, runtime, processes), samples, runtime)
     with told, compiled(vla, runtime):
-        objective = Imitation(policy, sources, runtime.cache, runtime.compile)
+        objective = Imitation(policy, sources, mixture, runtime.cache, runtime.compile)
         fit(objective, spec.training, spec.seed, out, runtime, identity)
 
 
