@@ -45,8 +45,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def computing(policy: Policy) -> torch.autocast:
-    """The precision that ``predict`` computes in. Begun anew in each call, as there: an autocast around several calls
-    would keep the weights that it cast in the first."""
+    """The precision that ``predict`` computes in."""
     half = policy.spec.training.precision == "bf16"
     return torch.autocast(policy.device.type, torch.bfloat16, enabled=half)
 
@@ -122,6 +121,7 @@ def main() -> None:
     actions[:, -1] = actions[:, -1] > 0
     policy = drawn(spec, actions, options.image_size, device)
     policy.vla.eval()
+    policy.for_acting()
     print(f"{options.backbone}, {options.image_size} px, {options.precision}, {device}; milliseconds")
     for batch in options.batches:
         images = rng.integers(0, 256, (batch, options.image_size, options.image_size, 3), np.uint8)

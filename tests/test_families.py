@@ -13,8 +13,13 @@ import tiny_families
 from vlm4vla.backbones.check import Check
 from vlm4vla.backbones.families import FAMILIES, family
 from vlm4vla.backbones.vlm import Backbone, auto_class, save_vlm
+from vlm4vla.convention import LIBERO
+from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
+from vlm4vla.policy import Policy, untrained
+from vlm4vla.spec import RunSpec, TrainSpec
 from vlm4vla.training.processes import receive
+from vlm4vla.types import Observation
 
 SIZE = 64
 """Not the side the families are made for: pictures have to be resized."""
@@ -59,6 +64,20 @@ def test_a_process_that_read_no_weight_receives_all_that_the_forward_pass_needs(
     inputs = backbone.encode(np.full((2, SIZE, SIZE, 3), 100, np.uint8), ["push", "pull it"])
     with torch.no_grad():
         assert torch.equal(blank(inputs), backbone(inputs))
+
+
+@pytest.mark.parametrize("name", each())
+def test_weights_that_are_cast_once_give_the_same_actions(name):
+    spec = RunSpec(query_init="normal", training=TrainSpec(precision="bf16"))
+    vla = untrained(*tiny_families.draw(name), spec).eval()
+    actions = np.eye(7, dtype=np.float32)
+    policy = Policy(vla, spec, LIBERO, Normalizer.fit(actions), None, SIZE, {})
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    look = [Observation({"main": image}, "push"), Observation({"main": image}, "pull it")]
+    cast_each_time = [chunk.actions for chunk in policy.predict(look)]
+    assert np.ptp(cast_each_time) > 0.1
+    assert np.array_equal([chunk.actions for chunk in policy.for_acting().predict(look)], cast_each_time)
+    assert {p.dtype for p in vla.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def test_every_row_is_tried():

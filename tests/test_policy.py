@@ -106,7 +106,7 @@ def test_the_vlm_acts_in_the_precision_that_it_was_trained_in_and_the_head_in_fp
 
 
 def test_answering_is_timed_as_it_is_called(monkeypatch, capsys):
-    """An autocast around the benchmark's calls would spare ``predict`` the casting of weights that it always does."""
+    """An autocast around the benchmark's calls would spare ``predict`` a casting of weights that it does itself."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     arguments = ["--precision", "bf16", "--repeats", "1", "--batches", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["predict_latency.py", *arguments])

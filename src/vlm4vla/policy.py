@@ -119,6 +119,16 @@ class Policy:
         chunks = decode(*self.vla.read(hidden, state)).cpu().numpy()
         return [ActionChunk(self.actions.unnormalize(chunk), self.convention) for chunk in chunks]
 
+    def for_acting(self) -> "Policy":
+        """Give linear layers the weights that they compute with, where training kept more: as they are, each call of
+        ``predict`` casts them anew. The actions stay the same to the last bit; what is saved would not."""
+        if self.spec.training.precision == "bf16":
+            head = self.vla.backbone.vlm.get_output_embeddings()  # not used, and often the embedding table itself
+            for module in self.vla.backbone.modules():
+                if isinstance(module, nn.Linear) and module is not head:
+                    module.to(torch.bfloat16)
+        return self
+
     def _image(self, observation: Observation) -> np.ndarray:
         image = observation.images.get("main")
         if image is None or image.shape != (self.image_size, self.image_size, 3) or image.dtype != np.uint8:

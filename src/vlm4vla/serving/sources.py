@@ -144,7 +144,7 @@ def checkpoint(text: str, device: str, threads: int | None = None) -> Source:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    policy = Policy.load(folder, device)
+    policy = Policy.load(folder, device).for_acting()
     # A run has several policies (policies/step-*), and may be trained again: its id alone does not say which this is.
     step = f"@{folder.resolve().name}" if folder.resolve().name.startswith("step-") else ""
     name = f"{policy.spec.run_id}{step}-{weights_hash(folder)}"

@@ -145,7 +145,7 @@ def _evaluate_cell(cell: Cell, out: Path, store: Store, runtime: Runtime) -> Non
             from vlm4vla.policy import Policy
 
             torch.set_num_threads(runtime.threads)
-            policy, loaded = Policy.load(folders[run_id], runtime.device), run_id
+            policy, loaded = Policy.load(folders[run_id], runtime.device).for_acting(), run_id
         results = evaluate(
             policy,
             protocols.protocol(name),
