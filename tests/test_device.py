@@ -1,10 +1,13 @@
 """What a GPU would refuse or wait for, seen without one (``pretend_device``)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[train]'")
 
@@ -12,6 +15,7 @@ import tiny_families
 from pretend_device import DEVICE, Pretend
 from test_families import SIZE, TWINS, drawn, each
 from test_imitation import QUIET, demonstrations, spec  # noqa: F401 (a fixture)
+from vlm4vla.backbones.vlm import Backbone
 from vlm4vla.policy import Policy
 from vlm4vla.training import imitation, loop
 from vlm4vla.types import Observation
@@ -42,33 +46,53 @@ def test_the_device_refuses_what_a_gpu_refuses_and_notes_what_is_waited_for():
     assert sum(device.waits.values()) == 3
 
 
-@pytest.mark.parametrize("name", each(fast=tiny_families.FAMILIES.keys() - TWINS - {"qwen3_5"}))
-def test_a_family_computes_on_a_device_what_it_does_on_the_cpu(name):
-    backbone = drawn(name)
-    torch.nn.init.normal_(backbone.query)
-    texts = ["push", "pull it", "lift", "turn it round"]
-    inputs = backbone.encode(pictures(4), texts)
+@contextmanager
+def moved(backbone: Backbone, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """``backbone`` on the device, and ``inputs``. It prepares pictures there, within a level of the CPU's, and computes
+    with the CPU's."""
     seen = backbone._seen(inputs["images"])
-    wanted = backbone(inputs)
-    wanted.sum().backward()
-    gradients = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
     with Pretend():
         backbone.to(DEVICE)
         there = {name: value.to(DEVICE) for name, value in inputs.items()}
         ours = backbone._seen(there["images"])
         for name, value in seen.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor) and value.is_floating_point():
                 assert (ours[name].cpu() - value).abs().max() <= LEVEL
                 ours[name] = value.to(DEVICE)
-        backbone.zero_grad()
         with patch.object(backbone, "_seen", lambda _: ours):
-            found = backbone(there)
+            yield there
+
+
+@pytest.mark.parametrize("name", each(fast=tiny_families.FAMILIES.keys() - TWINS - {"qwen3_5"}))
+def test_a_family_computes_on_a_device_what_it_does_on_the_cpu(name):
+    backbone = drawn(name)
+    torch.nn.init.normal_(backbone.query)
+    inputs = backbone.encode(pictures(4), ["push", "pull it", "lift", "turn it round"])
+    wanted = backbone(inputs)
+    wanted.sum().backward()
+    gradients = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+    with moved(backbone, inputs) as there:
+        backbone.zero_grad()
+        found = backbone(there)
         found.sum().backward()
         assert torch.allclose(found.cpu(), wanted, atol=1e-5)
         for name, p in backbone.named_parameters():
             if p.grad is not None:
                 assert torch.allclose(p.grad.cpu(), gradients.pop(name), rtol=1e-3, atol=1e-4), name
     assert not gradients
+
+
+@pytest.mark.parametrize(
+    "name", [case for case in each(fast={"qwen2_5_vl", "paligemma1"}) if "kosmos2" not in case.values]
+)
+def test_a_family_is_taught_answers_on_a_device_as_on_the_cpu(name):
+    backbone = drawn(name)
+    talks = [(("user", "what?"), ("assistant", "a cat")), (("user", "and where?"), ("assistant", "on the left"))]
+    inputs = backbone.encode_answers(pictures(2), talks)
+    with torch.no_grad():
+        wanted = backbone.answer_losses(inputs)
+        with moved(backbone, inputs) as there:
+            assert torch.allclose(backbone.answer_losses(there).cpu(), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", each())

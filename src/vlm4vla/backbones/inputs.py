@@ -166,16 +166,10 @@ class Inputs:
         return {name: value for name, value in made.items() if name != "labels"}
 
     def tokens(self, instructions: Sequence[str], height: int, width: int) -> dict[str, Tensor]:
-        """Token ids, mask and types (B, L) for pictures of this size, right-padded, and ``query_position`` (B,).
-
-        ``position_ids`` (axes, B, L) where the model has several axes: it would find them anew in every step, a
-        sample at a time.
-        """
+        """Token ids, mask and types (B, L) for pictures of this size, right-padded, and ``query_position`` (B,)."""
         height, width = (self.side or height, self.side or width)
         rows = [self.rows(instruction, height, width) for instruction in instructions]
         batch = self._padded(rows, self.length)
-        if "position_ids" in batch:
-            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
         return {**batch, "query_position": torch.tensor([len(row["input_ids"]) - 1 for row in rows])}
 
     def answers(self, talks: Sequence[Turns], height: int, width: int) -> dict[str, Tensor]:
@@ -194,6 +188,8 @@ class Inputs:
             longest = first.new_empty((length, *first.shape[1:]))  # pads the others, and goes
             padded = pad_sequence([row[name] for row in rows] + [longest], True, pad.get(name, 0))
             batch[name] = padded[:-1]
+        if "position_ids" in batch:
+            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
         if not self.family.keeps_mask:
             del batch["attention_mask"]
         return batch
@@ -236,22 +232,26 @@ class Inputs:
         A copy of the last token, so that every family sees an ordinary text token there.
         """
         row, sizes = self._prompted(self.prompt(instruction), height, width)
-        row = self._longer(row, row["input_ids"][-1:])
-        if self.positions is not None:
-            known = {name: value[None] for name, value in row.items()}
-            row["position_ids"] = self.positions(**known, **sizes)[0][:, 0].T
-        return row
+        return self._placed(self._longer(row, row["input_ids"][-1:]), sizes)
 
     def _talk(self, turns: Turns, height: int, width: int) -> dict[str, Tensor]:
         """The unpadded conversation's (L,) tensors, with ``labels``."""
         (text, _), *others = self.script(turns)
-        row, _ = self._prompted(text, height, width)
+        row, sizes = self._prompted(text, height, width)
         labels = [torch.full_like(row["input_ids"], -100)]
         for text, said in others:
             ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
             row = self._longer(row, ids)
             labels.append(ids if said else torch.full_like(ids, -100))
-        return {**row, "labels": torch.cat(labels)}
+        return {**self._placed(row, sizes), "labels": torch.cat(labels)}
+
+    def _placed(self, row: dict[str, Tensor], sizes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With ``position_ids`` (L, axes) where the model has several axes: it would find them anew in every step, a
+        sample at a time, and read the device for it."""
+        if self.positions is None:
+            return row
+        known = {name: value[None] for name, value in row.items()}
+        return {**row, "position_ids": self.positions(**known, **sizes)[0][:, 0].T}
 
     def _blind(self, height: int, width: int) -> Processor:
         """The processor for texts about a picture of one size: to look at one again for each text would take half of
