@@ -4,8 +4,8 @@
     python benchmarks/train_throughput.py --backbone Qwen/Qwen3-VL-2B-Instruct --image-size 224 --batch-size 128 \
         --precision bf16
 
-The plain loop is what one writes first: the model's processor in the step, the whole forward pass with logits, the last
-hidden state picked from all of them, a number read back in each step. Model, pictures, instructions, head and loss are
+The plain loop is what one writes first: the model's processor in the step, the whole forward pass with logits and with
+transformers' own attention, the last hidden state picked from all of them, a number read back in each step. Model, pictures, instructions, head and loss are
 the same. The floor is the time that the step's matrix products take at the rate this device reaches on large ones,
 measured here. Of a named backbone its configuration and processor are read, no weight.
 """
@@ -14,13 +14,15 @@ import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vlm4vla.backbones.load import load_config, load_processor
-from vlm4vla.backbones.vlm import auto_class
+from vlm4vla.backbones.vlm import Backbone, auto_class
 from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.normalize import Normalizer
@@ -61,6 +63,20 @@ def drawn(spec: RunSpec, actions: np.ndarray, image_size: int, device: torch.dev
     return Policy(vla, spec, CONVENTION, Normalizer.fit(actions), None, image_size, {})
 
 
+@contextmanager
+def stock(backbone: Backbone) -> Iterator[None]:
+    """The vision tower with transformers' own attention for a while."""
+    if backbone.packed is None:
+        yield
+        return
+    config = backbone.packed.tower.config
+    ours, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = ours
+
+
 class Plain(torch.nn.Module):
     """The whole model, its last hidden state at the last token of each prompt, the head."""
 
@@ -69,7 +85,8 @@ class Plain(torch.nn.Module):
         self.vla = vla
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.vla.backbone.vlm(**inputs, output_hidden_states=True)
+        with stock(self.vla.backbone):
+            output = self.vla.backbone.vlm(**inputs, output_hidden_states=True)
         states = output.hidden_states if output.hidden_states is not None else [output.last_hidden_state]
         last = inputs["attention_mask"].sum(1) - 1
         return self.vla.head(states[-1][torch.arange(len(last), device=last.device), last].float())
