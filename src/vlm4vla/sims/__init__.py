@@ -14,6 +14,7 @@ SIMS = {
     "calvin": "vlm4vla.sims.calvin:Calvin",
     "libero": "vlm4vla.sims.libero:Libero",
     "simpler": "vlm4vla.sims.simpler:Simpler",
+    "simpler_ms2": "vlm4vla.sims.simpler_ms2:SimplerMs2",
 }
 """Name -> ``module:Class``; imported on use, so that a simulator's packages are needed by its users only."""
 

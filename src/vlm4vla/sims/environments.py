@@ -80,6 +80,20 @@ ENVIRONMENTS = {
         licence="none is stated for the scenes and objects",
         resolved=("torch==2.13.0",),
     ),
+    "simpler_ms2": Environment(
+        pythons=((3, 11),),
+        link="ManiSkill2_real2sim",
+        must_hold=(
+            "mani_skill2_real2sim/assets/descriptions/widowx_description",
+            "data/custom/models",
+            "data/hab2_bench_assets/stages",
+            "data/real_inpainting",
+        ),
+        source="https://github.com/simpler-env/ManiSkill2_real2sim",
+        size="more than 240 MB, not measured whole",
+        licence="the code's is Apache-2.0; of the objects, scenes and photographs nothing is said",
+        revision="ef7a4d4fdf4b69f2c2154db5b15b9ac8dfe10682",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from vlm4vla.errors import UserError, nearest
-from vlm4vla.sims import calvin, libero, simpler
+from vlm4vla.sims import bridge, calvin, libero
 
 DEMO_SEED = 0
 """Demonstration ``i`` of a recording is episode seed ``DEMO_SEED + recording_seed * 1_000_000 + i`` (< 100 M)."""
@@ -132,26 +132,28 @@ def _calvin() -> list[Protocol]:
 
 
 def _simpler() -> list[Protocol]:
-    """``simpler_bridge/ms3/{task}/v1``, judged at the last step; ``.../{task}/any/v1``, ended by the first success;
-    ``.../{task}/sticky/v1``, judged at the last step with the gripper of VLM4VLA's release, which opens from the second
-    action in a row that asks for it (also at an episode's start: its first step closes)."""
+    """``simpler_bridge/{ms2 or ms3}/{task}/v1``, judged at the last step, on ManiSkill2_real2sim (as published numbers
+    are) or ManiSkill 3; ``.../{task}/any/v1``, ended by the first success; ``.../{task}/sticky/v1``, judged at the last
+    step with the gripper of VLM4VLA's release, which opens from the second action in a row that asks for it (also at an
+    episode's start: its first step closes)."""
     last = "the object is on its target after the last step (carrot, stack: and touches nothing else)"
     any_step = "the object is on its target after any step (carrot, stack: and touches nothing else), which ends it"
     variants = (("", "last", last, None), ("any/", "any", any_step, None), ("sticky/", "last", last, 2))
     return [
         Protocol(
-            name=f"simpler_bridge/ms3/{name}/{variant}v1",
-            sim="simpler",
+            name=f"simpler_bridge/{simulator}/{name}/{variant}v1",
+            sim=sim,
             sim_args={"task": name, "success": success},
             first_seed=0,
             max_steps=task.steps,
             execute=4,
             success_rule=rule,
-            num_episodes=simpler.NUM_EPISODES,
+            num_episodes=bridge.NUM_EPISODES,
             image="640 x 480 over the photograph, bicubic to the policy's square",
             open_after=open_after,
         )
-        for name, task in simpler.TASKS.items()
+        for simulator, sim in (("ms3", "simpler"), ("ms2", "simpler_ms2"))
+        for name, task in bridge.TASKS.items()
         for variant, success, rule, open_after in variants
     ]
 

@@ -7,12 +7,7 @@ code on ManiSkill 2):
 - A grasp needs an impulse of 1e-6 within 60 degrees of each finger's direction; ManiSkill 3: 0.5 N within 85.
 - ``moved_correct_obj`` and ``moved_wrong_obj`` are computed, as they are after the last step; grasp flags stick.
 
-Other non-obvious behaviours:
-- Success is the state after the *last* step, and nothing ends an episode before. ``success="any"`` stops at the first
-  success, as others do: a protocol of its own, for a stack that falls again counts there.
-- An action moves the commanded pose; its Euler angles (Bridge's form) become the controller's rotation vector. Limits
-  of the controller: 1 m and half of pi. The raw gripper is 1 open, -1 closed.
-- The picture is 640 x 480, and bicubic to a square without keeping its proportions, as VLM4VLA has it.
+Other non-obvious behaviours, beside those of ``sims/bridge.py``:
 - Rendering needs Vulkan: a GPU, or Mesa's lavapipe from 25 on with ``render="cpu"``. Physics runs on the CPU.
 - A class-level list leaks segmentation ids between environments: one per process, built anew for each episode.
 - ManiSkill needs torch; so does its worker.
@@ -20,84 +15,38 @@ Other non-obvious behaviours:
 
 # pyright: reportMissingImports=false
 
-import glob
 import importlib
 import os
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from vlm4vla import convention
-from vlm4vla.errors import UserError, nearest
-from vlm4vla.pictures import resized
-from vlm4vla.sims.base import StepOutcome, check_actions
-from vlm4vla.types import Observation
+from vlm4vla.sims.bridge import CAMERA, TASKS, Bridge, device
 
-NUM_EPISODES = 24
-"""Of each task: positions x rotations."""
 CONTROL = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
-CAMERA = "3rd_view_camera"
 MIN_IMPULSE, MAX_GRASP_DEGREES = 1e-6, 60.0
 MOVED = 0.03
 """Metres in the plane from which an object counts as moved."""
 SLACK_XY = 0.003
 GRASP_STEPS = 5
 """Steps in a row after which a grasp is called consecutive."""
-LIMITS = np.array([1.0] * 3 + [np.pi / 2] * 3)
 EGGPLANT_ROTATIONS = (1, 2, 0)
 """Of ManiSkill 3's eight settled rotations those of SimplerEnv's 0, 45 and -45 degrees, in its order."""
 
 
-@dataclass(frozen=True)
-class Task:
-    env: str
-    """ManiSkill 3's name."""
-    steps: int
-    alone: bool
-    """Whether the object may touch nothing but its target (and the robot)."""
-    slack_z: float = 0.02
-    """Metres above the target that still count as on it."""
+class Simpler(Bridge):
+    """See ``Bridge``."""
 
+    def __init__(self, render: Literal["gpu", "cpu", "none"] | None = None, **episode: Any) -> None:
+        """``render``: ``none`` gives no pictures; by default the GPU where there is one, and results say which.
+        ``episode``: see ``Bridge``.
 
-TASKS = {
-    "carrot": Task("PutCarrotOnPlateInScene-v1", 60, alone=True),
-    "stack": Task("StackGreenCubeOnYellowCubeBakedTexInScene-v1", 60, alone=True),
-    "spoon": Task("PutSpoonOnTableClothInScene-v1", 60, alone=False),
-    "eggplant": Task("PutEggplantInBasketScene-v1", 120, alone=False, slack_z=0.06),
-}
-
-
-class Simpler:
-    """One episode at a time (see ``sims/base.py``). Cameras: ``main`` (third person).
-
-    State (8,): joint angles of the arm and positions of both fingers, as ManiSkill gives them.
-    """
-
-    convention = convention.BRIDGE
-
-    def __init__(
-        self,
-        task: str = "carrot",
-        success: Literal["last", "any"] = "last",
-        image_size: int = 224,
-        max_steps: int | None = None,
-        render: Literal["gpu", "cpu", "none"] | None = None,
-    ) -> None:
-        """Episode seeds are 0 to 23: SimplerEnv's episode ids. ``render``: ``none`` gives no pictures; by default the
-        GPU where there is one, and results say which.
-
-        Raises ``UserError`` on unknown names, ``ImportError`` without ManiSkill 3.
+        Raises ``UserError`` as ``Bridge`` does, ``ImportError`` without ManiSkill 3.
         """
-        if task not in TASKS:
-            raise UserError(f"the task {task!r}", f"one of {', '.join(TASKS)}", f"nearest: {nearest(task, [*TASKS])}")
-        if success not in ("last", "any"):
-            raise UserError(f"success={success!r}", "last or any", "name one of the two")
-        self.task, self.rule, self.image_size = TASKS[task], success, image_size
-        self.render = render or ("gpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
-        self.max_steps = self.task.steps if max_steps is None else max_steps
+        super().__init__(**episode)
+        self.render = render or device()
         link = Path(sysconfig.get_path("purelib")) / "maniskill_assets"
         if link.is_dir():
             os.environ.setdefault("MS_ASSET_DIR", str(link.resolve()))
@@ -111,10 +60,8 @@ class Simpler:
 
             BaseBridgeEnv.rgb_overlay_mode, BaseBridgeEnv.SUPPORTED_OBS_MODES = "none", ["none"]
         self._make: Any = gymnasium.make
-        self._env: Any = None
-        self._start: dict[str, np.ndarray] = {}
-        self._steps, self._grasped_for, self.done = 0, 0, True
-        self._stuck = {"grasped": False, "consecutive_grasp": False}
+        self._places: dict[str, np.ndarray] = {}
+        self._grasped_for, self._stuck = 0, {"grasped": False, "consecutive_grasp": False}
 
     @property
     def versions(self) -> dict[str, str]:
@@ -122,39 +69,25 @@ class Simpler:
 
         return {"mani_skill": version("mani_skill"), "sapien": version("sapien"), "renderer": self.render}
 
-    def reset(self, seed: int) -> None:
-        if not 0 <= seed < NUM_EPISODES:
-            raise ValueError(f"seed {seed}; there are the episodes 0 to {NUM_EPISODES - 1}")
-        self.close()
+    def _start(self, episode: int) -> Any:
         env = self._make(
-            self.task.env,
+            f"{self.task.env}-v1",
             obs_mode="none" if self.render == "none" else "rgb+segmentation",
             control_mode=CONTROL,
             num_envs=1,
             sim_backend="physx_cpu",
             render_backend=self.render,
         ).unwrapped
-        self._env = env
         if self.task is TASKS["eggplant"]:
             env.quat_configs = env.quat_configs[list(EGGPLANT_ROTATIONS)]
-        env.reset(seed=0, options={"episode_id": seed})
-        self._start = {name: _place(actor) for name, actor in env.objs.items()}
-        self._steps, self._grasped_for, self.done = 0, 0, False
-        self._stuck = dict.fromkeys(self._stuck, False)
+        env.reset(seed=0, options={"episode_id": episode})
+        self._places = {name: _place(actor) for name, actor in env.objs.items()}
+        self._grasped_for, self._stuck = 0, dict.fromkeys(self._stuck, False)
+        return env
 
-    def execute(self, actions: np.ndarray) -> StepOutcome:
-        actions = check_actions(actions, self.convention)
-        if self.done:
-            raise RuntimeError("no episode under way; reset first")
-        success, credits, count = False, {}, 0
-        for action in actions:
-            self._env._step_action(controller_action(action))
-            self._steps, count = self._steps + 1, count + 1
-            success, credits = self._judge()
-            self.done = self._steps >= self.max_steps or (success and self.rule == "any")
-            if self.done:
-                break
-        return StepOutcome(count, self.done, success, credits)
+    def _step(self, action: np.ndarray) -> tuple[bool, dict[str, bool]]:
+        self._env._step_action(action)
+        return self._judge()
 
     def _judge(self) -> tuple[bool, dict[str, bool]]:
         env = self._env
@@ -170,7 +103,7 @@ class Simpler:
         self._grasped_for = self._grasped_for + 1 if grasped else 0
         self._stuck["grasped"] |= grasped
         self._stuck["consecutive_grasp"] |= self._grasped_for >= GRASP_STEPS
-        far = {name: float(np.linalg.norm((_place(env.objs[name]) - at)[:2])) for name, at in self._start.items()}
+        far = {name: float(np.linalg.norm((_place(env.objs[name]) - at)[:2])) for name, at in self._places.items()}
         return success, {**self._stuck, **moved(far.pop(env.obj_names[0]), list(far.values()))}
 
     def _grasping(self, touching: dict[Any, tuple[float, np.ndarray]]) -> bool:
@@ -182,30 +115,10 @@ class Simpler:
                 return False
         return True
 
-    def observe(self) -> Observation:
-        if self._env is None:
-            raise RuntimeError("no episode under way; reset first")
+    def _look(self) -> tuple[np.ndarray, str, np.ndarray]:
         env = self._env
         seen = env.get_obs(env.get_info())["sensor_data"][CAMERA]["rgb"][0].cpu().numpy().astype(np.uint8)
-        state = env.agent.robot.get_qpos()[0].cpu().numpy().astype(np.float32)
-        return Observation({"main": resized(seen, self.image_size)}, env.get_language_instruction()[0], state)
-
-    def expert(self) -> np.ndarray:
-        raise NotImplementedError("SimplerEnv has no scripted expert")
-
-    def close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-        self._env, self.done = None, True
-
-
-def controller_action(action: np.ndarray) -> np.ndarray:
-    """Ours (7,) -> the controller's: metres, rotation vector, gripper 1 open and -1 closed."""
-    from scipy.spatial.transform import Rotation
-
-    pose = action[:6].clip(-LIMITS, LIMITS)
-    turn = Rotation.from_euler("xyz", pose[3:]).as_rotvec()
-    return np.concatenate([pose[:3], turn, [1.0 if action[6] > 0.5 else -1.0]]).astype(np.float32)
+        return seen, env.get_language_instruction()[0], env.agent.robot.get_qpos()[0].cpu().numpy()
 
 
 def on_target(offset: np.ndarray, half_source: np.ndarray, half_target: np.ndarray, slack_z: float) -> bool:
