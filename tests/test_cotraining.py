@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import FAMILIES, family
 from vlm4vla.backbones.inputs import Inputs
 from vlm4vla.backbones.vlm import Backbone, save_vlm
+from vlm4vla.cli import cli
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.sources import Sources
@@ -30,11 +32,11 @@ from vlm4vla.metrics import read_metrics
 from vlm4vla.skills.questions import words
 from vlm4vla.spec import DataSpec, HeadSpec, RunSpec, Runtime, SourceSpec, TrainSpec, parse
 from vlm4vla.studies.runner import data_folder
-from vlm4vla.training import imitation
-from vlm4vla.training.forecast import forecast
+from vlm4vla.training import check, imitation
+from vlm4vla.training.examine import LOGITS_BYTES, answers_bytes, on_meta
+from vlm4vla.training.forecast import forecast, gib_needed
 from vlm4vla.training.imitation import Imitation, train
 from vlm4vla.training.loop import make_batch
-from vlm4vla.training.stream import stream
 
 SIZE = 96
 TALK = (("user", "where is the cat"), ("assistant", "left"))
@@ -224,12 +226,12 @@ def test_a_record_with_no_picture_or_several_is_refused_before_training(tmp_path
     sources = Sources.open(data, demonstrations(tmp_path / "a"))
     backbone = Backbone(*tiny.build(["cat"], words(), 0))
     with pytest.raises(UserError, match="record 6 with 2 pictures"):
-        stream(backbone, sources, 4, one_shape=False)
+        check.material(RunSpec(data=data), sources, backbone, one_shape=False)
     talks(tmp_path / "one")
     Path(path).write_text((tmp_path / "one" / "talks.jsonl").read_text())
     (tmp_path / "talks" / "1.png").unlink()
     with pytest.raises(UserError, match=r"1\.png"):
-        stream(backbone, Sources.open(data, tmp_path / "a"), 4, one_shape=False)
+        check.material(RunSpec(data=data), Sources.open(data, tmp_path / "a"), backbone, one_shape=False)
 
 
 @pytest.mark.parametrize(
@@ -321,21 +323,72 @@ def test_what_the_vlm_cannot_be_given_is_told_before_the_first_step(job, tmp_pat
     assert not list((tmp_path / "out").glob("metrics*"))
 
 
-def test_what_training_refuses_a_dry_run_refuses_as_well(job, tmp_path):
+def test_what_training_refuses_a_dry_run_refuses_as_well(job, tmp_path, monkeypatch):
     spec, demos = job
     save_vlm(*tiny_families.draw("kosmos2"), tmp_path / "headless")
+    monkeypatch.setattr(check, "get_available_trackers", list)
     small = spec.data.model_copy(update={"mixture": (SourceSpec(folder=str(demos), weight=1e-6),)})
-    for changes, message, compiled in (
-        ({}, "--compile with conversations", True),
-        ({"data": small}, "at least one sample in 64 batches", False),
-        ({"backbone": str(tmp_path / "headless")}, "opened without its LM head", False),
+    modes = spec.head.model_copy(update={"normalize": ("quantile", "none")})
+    pictures = {"main": np.zeros((4, SIZE, SIZE, 3), np.uint8)}
+    write(tmp_path / "told", [Episode.encode(pictures, np.zeros((4, 7), np.float32), None, "a<eos>")], CONVENTION, {})
+    for changes, how, message, folder in (
+        ({}, {"compile": True}, "--compile with conversations", demos),
+        ({}, {"compile": True, "shard": True}, "--compile with --shard", demos),
+        ({}, {"accumulate": 3}, "a batch of 4 for 1 processes x 3 parts", demos),
+        ({}, {"trackers": ("wandb",)}, "no tracker wandb installed", demos),
+        ({}, {"device": "cuda:9"}, "no device 'cuda:9'", demos),
+        ({"data": small}, {}, "at least one sample in 64 batches", demos),
+        ({"backbone": str(tmp_path / "headless")}, {}, "opened without its LM head", demos),
+        ({"proprioception": True}, {}, "without observation.state", demos),
+        ({"head": modes}, {}, "the modes", demos),
+        ({}, {}, "special token '<eos>'", tmp_path / "told"),
     ):
         changed = spec.model_copy(update=changes)
         with pytest.raises(UserError, match=message):
-            run((changed, demos), tmp_path / "out", compile=compiled)
-        sources, runtime = Sources.open(changed.data, demos), Runtime(device="cpu", compile=compiled)
+            run((changed, folder), tmp_path / "out", **how)
+        sources, runtime = Sources.open(changed.data, folder), Runtime(**{"device": "cpu", **how})
         with pytest.raises(UserError, match=message):
             forecast(changed, runtime, SIZE, 1, sources)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_looks_at_the_demonstrations_as_training_does(tmp_path):
+    """The run's own data section, which says 96 pixels, is of others."""
+    episodes = [Episode.encode({"main": np.zeros((4, 32, 48, 3), np.uint8)}, np.zeros((4, 7), np.float32), None, "go")]
+    write(tmp_path / "demos", episodes, CONVENTION, {})
+    arguments = ["train", "--data", str(tmp_path / "demos"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for more in ([], ["--dry-run"]):
+        done = CliRunner().invoke(cli, [*arguments, *more])
+        assert isinstance(done.exception, UserError)
+        assert "pictures of 32 x 48" in str(done.exception)
+
+
+def test_a_dry_run_counts_the_logits_of_answers(job, tmp_path):
+    spec, demos = job
+    vla, _ = on_meta(spec)
+    both = [TALK, (TALK[0], ("assistant", "on the left"))]
+    vocabulary = vla.backbone.vlm.config.get_text_config().vocab_size
+    more, logits = answers_bytes(vla, spec, SIZE, both)
+    assert logits == 2 * len(("on", "the", "left", "<eos>")) * vocabulary * LOGITS_BYTES
+    _, none = answers_bytes(vla, spec, SIZE, [TALK])
+    assert none == len(("left", "<eos>")) * vocabulary * LOGITS_BYTES
+    assert more == 2 * answers_bytes(vla, spec, SIZE, both[1:])[0]
+
+    def activations(answer):
+        path = talks(tmp_path / f"{len(answer)}", turns=(TALK[0], ("assistant", answer)))
+        data = DataSpec(folder="x", mixture=(SourceSpec(conversations=path),))
+        changed = spec.model_copy(update={"data": data})
+        sources = Sources.open(data, demos)
+        material = check.material(changed, sources, vla.backbone, one_shape=False)
+        sizes = {"states_gib": 0, "activations_gib": 0}
+        return gib_needed(vla, sizes, changed, Runtime(), 1, sources, material)[1] * 4 * 2**30
+
+    short, long = activations("left"), activations("left left left left")
+    more = [sum(answers_bytes(vla, spec, SIZE, [(TALK[0], ("assistant", a))])) for a in ("left", "left left left left")]
+    each = more[1] - more[0]
+    assert long - short == pytest.approx(2 * each) or long - short == pytest.approx(3 * each), (
+        "two of four, or one more"
+    )
 
 
 def test_records_are_read_once_before_the_first_step_and_each_is_tokenised_once(job, tmp_path, monkeypatch):

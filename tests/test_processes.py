@@ -184,11 +184,6 @@ def test_compiled_layers_train_what_others_train(job, tmp_path, name):
 
 
 def test_what_does_not_compile_is_told():
-    with (
-        pytest.raises(UserError, match="--compile with --shard"),
-        compiled(nn.Linear(1, 1), Runtime(compile=True, shard=True)),
-    ):
-        pass
     with pytest.raises(UserError, match="leave out --compile"), compiled(nn.Linear(1, 1), Runtime(compile=True)):
         raise Unsupported("a graph break")
 

@@ -143,6 +143,10 @@ class Sources:
             pictures, turns = zip(*pool.map(read, self._places(samples)), strict=True)
         return np.stack(pictures), list(turns)
 
+    def talks(self, samples: np.ndarray) -> list[Turns]:
+        """What is said in samples (B,) from N on, without their pictures."""
+        return [self.conversations[k - len(self.sets)].turns(i) for k, i in self._places(samples)]
+
     @property
     def shares(self) -> list[float]:
         """What each source has of the samples that are drawn, (K,)."""

@@ -123,6 +123,10 @@ class Conversations:
         names, turns = self._record(index)
         return Conversation(tuple(self._picture(index, name) for name in names), turns)
 
+    def turns(self, index: int) -> Turns:
+        """A record without its pictures. Raises ``UserError`` where it is not a conversation."""
+        return self._record(index)[1]
+
     def _where(self, index: int) -> str:
         return f"{self.path}, record {index}"
 

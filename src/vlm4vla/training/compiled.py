@@ -16,13 +16,11 @@ def compiled(module: nn.Module, runtime: Runtime) -> Iterator[None]:
     """For a while, layers of ``module`` run compiled, where ``runtime`` asks for it; each when it first runs.
 
     Raises:
-        UserError: the compiler fails on these layers, or with ``shard``, whose hooks it would have to see through.
+        UserError: the compiler fails on these layers.
     """
     if not runtime.compile:
         yield
         return
-    if runtime.shard:
-        raise UserError("--compile with --shard", "one of the two", "leave one out")
     layers = units(module)
     for layer in layers:
         layer.compile(dynamic=False)  # with changing shapes the compiler fails on some families' vision towers

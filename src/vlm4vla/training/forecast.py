@@ -5,15 +5,19 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlm4vla.data.sources import Sources
 from vlm4vla.policy import VLA, torch_device
 from vlm4vla.spec import RunSpec, Runtime
-from vlm4vla.training.examine import GIB, audit, on_meta
+from vlm4vla.training import check
+from vlm4vla.training.check import Material
+from vlm4vla.training.examine import GIB, answers_bytes, audit, on_meta
 from vlm4vla.training.processes import units
-from vlm4vla.training.stream import stream
 
+LOOKED_AT = 8
+"""Steps whose conversations are looked at: what they take differs, and the most of it must fit."""
 MEASURE_S = 0.5
 SIDE = {"cuda": 8192, "mps": 2048, "cpu": 1024}
 """Of the square matrices: large enough that reading them takes no part of the time."""
@@ -42,16 +46,16 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, s
         sources: what is trained on, where it is there.
 
     Raises:
-        UserError: ``spec`` cannot be trained on ``sources``, see ``stream``.
+        UserError: ``spec`` cannot be trained so, or on ``sources``: see ``training.check``.
     """
-    vla, processor = on_meta(spec)
-    if sources:
-        stream(vla.backbone, sources, spec.training.batch_size, runtime.compile)
+    check.execution(spec.training, runtime, processes)
+    vla, processor = on_meta(spec, sources.states.shape[1] if sources and spec.proprioception else 0)
+    material = check.material(spec, sources, vla.backbone, runtime.compile) if sources else None
     sizes, training = audit(vla, processor, spec, image_size).sizes, spec.training
     device = torch_device(runtime.device)
     rate = matrix_rate(device, training.precision)
     samples = training.batch_size // (processes * runtime.accumulate)
-    states, each = gib_needed(vla, sizes, runtime, processes)
+    states, each = gib_needed(vla, sizes, spec, runtime, processes, sources, material)
     activations = each * samples
     flops = sizes["training_gflop"] * 1e9 * (4 / 3 if runtime.gradient_checkpointing else 1)
     floor_s = flops * training.batch_size * training.steps / rate / processes
@@ -77,21 +81,42 @@ def forecast(spec: RunSpec, runtime: Runtime, image_size: int, processes: int, s
 def _passes(sources: Sources | None, samples: int) -> list[str]:
     """How often each source is seen."""
     if sources is None:
-        return []
+        return ["not here: nothing of it was looked at"]
     lines = [
         f"{name}: {share:.1%} of the samples, {samples * share / size:.1f} times its {size:,}"
         for name, share, size in zip(sources.names, sources.shares, sources.sizes, strict=True)
     ]
-    note = ["conversations: work and memory are counted as a frame's; answers and the LM head come on top"]
+    note = ["conversations: work is counted as a frame's; answers and the LM head come on top"]
     return lines + note * bool(sources.conversations)
 
 
-def gib_needed(vla: VLA, sizes: Mapping[str, Any], runtime: Runtime, processes: int) -> tuple[float, float]:
-    """In each process, by an audit's ``sizes``: weights, gradients and moments; activations of one sample."""
+def gib_needed(
+    vla: VLA,
+    sizes: Mapping[str, Any],
+    spec: RunSpec,
+    runtime: Runtime,
+    processes: int,
+    sources: Sources | None = None,
+    material: Material | None = None,
+) -> tuple[float, float]:
+    """In each process, by an audit's ``sizes``: weights, gradients and moments; activations of one sample, the mean
+    over those that are worked on at a time."""
     states = sizes["states_gib"] / (processes if runtime.shard else 1)
     # With checkpointing a layer's activations are there at a time, and each layer's input: about twice a layer's share.
-    layers = max(2, len(units(vla)))
-    return states, sizes["activations_gib"] * (2 / layers if runtime.gradient_checkpointing else 1)
+    share = 2 / max(2, len(units(vla))) if runtime.gradient_checkpointing else 1
+    each = sizes["activations_gib"] * share
+    if sources and sources.conversations and material and material.mixture:
+        samples = spec.training.batch_size // (processes * runtime.accumulate)
+        starts = spec.training.batch_size * np.arange(LOOKED_AT)
+        found = []
+        for start in starts:
+            source, within = material.mixture.draw(np.arange(start, start + samples), spec.seed)
+            talks = sources.talks((sources.first[source] + within)[source >= len(sources.sets)])
+            if talks:
+                more, logits = answers_bytes(vla, spec, material.image_size, talks)
+                found.append(more * share + logits)
+        each += max(found, default=0) / samples / GIB
+    return states, each
 
 
 def _parameters(name: str, sizes: dict) -> str:

@@ -6,6 +6,7 @@ same VLM: its own forward with its LM head, on answers' tokens only.
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,16 @@ from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import parameters_hash
 from vlm4vla.data.augment import Draws, augmentation
 from vlm4vla.data.mixture import Mixture, shuffled
-from vlm4vla.data.normalize import Normalizer
 from vlm4vla.data.sources import Sources
 from vlm4vla.data.windows import windows
 from vlm4vla.heads.mlp import action_loss
 from vlm4vla.policy import VLA, Policy, untrained, versions
 from vlm4vla.spec import RunSpec, Runtime, content_hash
-from vlm4vla.training import memory
+from vlm4vla.training import check, memory, processes
 from vlm4vla.training.compiled import compiled
 from vlm4vla.training.examine import audit, on_meta
 from vlm4vla.training.forecast import gib_needed
 from vlm4vla.training.loop import fit
-from vlm4vla.training.stream import stream
 
 LANGUAGE = "language."
 """Prefix of a batch's tensors that are of conversations."""
@@ -49,7 +48,7 @@ class Imitation:
         cached: bool = True,
         one_shape: bool = False,
     ):
-        """``mixture``: of several sources, see ``stream``. ``one_shape``: every prompt is padded to the longest."""
+        """``mixture``: of several sources. ``one_shape``: every prompt is padded to the longest."""
         self.policy, self.sources, self.spec = policy, sources, policy.spec
         self.vla = policy.vla
         self.module: nn.Module = policy.vla
@@ -181,17 +180,17 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     The result is the policy folder ``out/policy``, whose card says what was run.
 
     Raises:
-        UserError: unreadable data, an unknown backbone, or ``out`` belonging to another run.
+        UserError: unreadable data, an unknown backbone, what ``training.check`` refuses, or ``out`` belonging to
+            another run.
     """
+    check.execution(spec.training, runtime, processes.number())
     torch.set_num_threads(runtime.threads)
     sources = Sources.open(spec.data, data_folder)
     demonstrations = sources.sets[0]
     recorded_size = demonstrations.camera_size("main")
     vla, backbone_hash = _begin(spec, sources.states.shape[1] if spec.proprioception else 0)
     vlm, processor = vla.backbone.vlm, vla.backbone.processor
-    mixture = stream(vla.backbone, sources, spec.training.batch_size, runtime.compile)
-    drawn = sources.frame_weights
-    actions = Normalizer.fit(sources.actions, mode=spec.head.normalize, bound=spec.head.bound, weights=drawn)
+    material = check.material(spec, sources, vla.backbone, runtime.compile)
     card = {
         "run_id": spec.run_id,
         "versions": versions(),
@@ -201,14 +200,13 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
         "new_parameters": sum(p.numel() for p in vla.new_parameters().values()),
         "episodes": sources.num_episodes,
         "frames": sources.num_frames,
-        "fraction_clipped": actions.fraction_clipped(sources.actions, drawn),
+        "fraction_clipped": material.actions.fraction_clipped(sources.actions, sources.frame_weights),
         "sources": sources.described(),
     }
     if runtime.gradient_checkpointing:
         vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    state = Normalizer.fit(sources.states, gripper=False, weights=drawn) if spec.proprioception else None
-    size = spec.data.image_size or demonstrations.image_size
-    policy = Policy(vla, spec, demonstrations.convention, actions, state, size, card)
+    size = material.image_size
+    policy = Policy(vla, spec, material.convention, material.actions, material.state, size, card)
     audited = audit(vla, processor, spec, size)
     card["audit"] = audited.to_dict()
     out.mkdir(parents=True, exist_ok=True)
@@ -216,11 +214,10 @@ def train(spec: RunSpec, data_folder: Path, out: Path, runtime: Runtime) -> None
     recipe = spec.model_dump(mode="json", exclude={"data", "backbone"})
     resized = [size] if recorded_size != (size, size) else []
     identity = content_hash([recipe, sources.content_hash, backbone_hash, *resized])
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    samples = spec.training.batch_size // processes
-    told = memory.told(lambda: gib_needed(vla, audited.sizes, runtime, processes), samples, runtime)
+    needed = partial(gib_needed, vla, audited.sizes, spec, runtime, processes.number(), sources, material)
+    told = memory.told(needed, spec.training.batch_size // processes.number(), runtime)
     with told, compiled(vla, runtime):
-        objective = Imitation(policy, sources, mixture, runtime.cache, runtime.compile)
+        objective = Imitation(policy, sources, material.mixture, runtime.cache, runtime.compile)
         fit(objective, spec.training, spec.seed, out, runtime, identity)
 
 

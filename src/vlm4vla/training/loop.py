@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from vlm4vla.locks import locked
 from vlm4vla.metrics import read_metrics
 from vlm4vla.policy import torch_device
 from vlm4vla.spec import Runtime, TrainSpec
-from vlm4vla.training import checkpoint, processes
+from vlm4vla.training import check, checkpoint, processes
 
 LOG_EVERY = 10
 """Steps between rows of ``metrics.jsonl``; the device is synchronised only then."""
@@ -87,8 +86,9 @@ def fit(objective: Objective, spec: TrainSpec, seed: int, out: Path, runtime: Ru
 
     Raises:
         UserError: loss, gradient or weights are not finite (the batch is saved), ``out`` belongs to another run, or
-            another process trains into it, or device or tracker is not there, or a batch cannot be shared evenly.
+            another process trains into it, or what ``check.execution`` refuses.
     """
+    check.execution(spec, runtime, processes.number())
     accelerator = _accelerator(torch_device(runtime.device), spec, runtime, out)
     alone = locked(out / "training.lock", "training") if accelerator.is_main_process else nullcontext()
     with alone:
@@ -125,12 +125,6 @@ def _fit(
 ) -> None:
     device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     parts = accelerator.num_processes * runtime.accumulate
-    if spec.batch_size % parts:
-        raise UserError(
-            f"a batch of {spec.batch_size} for {accelerator.num_processes} processes x {runtime.accumulate} parts",
-            "a batch that they can share evenly",
-            "choose another number of processes, or another --accumulate",
-        )
     mine = range(rank * runtime.accumulate, (rank + 1) * runtime.accumulate)
     if runtime.trackers:
         accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
@@ -270,12 +264,8 @@ class Metrics:
 
 def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: Path) -> Accelerator:
     """One for this training: Accelerate keeps the first device and precision of a process, and knows no ``cuda:1``."""
-    missing = set(runtime.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
-    if missing:  # Accelerate passes over what is not installed
-        what = ", ".join(sorted(missing))
-        raise UserError(f"no tracker {what} installed", "an installed tracker, or none", f"pip install {what}")
     AcceleratorState._reset_state(reset_partial_state=True)
-    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device.type == "cuda" and processes.number() > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     with patch_environment(accelerate_torch_device=str(device)):
         return Accelerator(

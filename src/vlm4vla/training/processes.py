@@ -5,6 +5,7 @@ place before the optimiser is made (docs/adr/0005-fsdp2-by-torch.md). A batch is
 processes: each takes a contiguous part of it, and every random number is drawn for the whole.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 AHEAD = 2
 """Batches that are made while the device works on the present one."""
 TEXT_BYTES = 64
+
+
+def number() -> int:
+    """Of processes that ``torchrun`` or ``accelerate launch`` started to train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def reduce(accelerator: Accelerator, value: Tensor, how: Literal["sum", "mean"]) -> Tensor:

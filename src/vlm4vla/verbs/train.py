@@ -61,10 +61,11 @@ def train(
         trackers=trackers,
         cache=cache,
     )
-    if dry_run:
-        _dry_run(spec, how, data_folder)
+    folder = data_folder or (Path(spec.data.folder) if spec.data.folder else None)
+    if dry_run and not (folder and folder.is_dir()):
+        _dry_run(spec, how, None)
         return
-    if data_folder is None and spec.data.folder is None:
+    if folder is None:
         arguments = [*([str(run)] if run else []), *with_set(overrides), "--out", "runs/data"]
         raise UserError(
             "no demonstrations",
@@ -73,10 +74,12 @@ def train(
         )
     from vlm4vla.training.imitation import train as train_policy
 
-    folder = data_folder or Path(str(spec.data.folder))
     true, protocol = trained_on(spec, folder)
     if true != spec:
         click.echo(f"{folder}: not what RUN's data section describes; the policy's spec names the folder", err=True)
+    if dry_run:
+        _dry_run(true, how, folder)
+        return
     train_policy(true, folder, out, how)
     if os.environ.get("RANK", "0") == "0":
         next_step("vlm4vla eval {} --protocol {}", out / "policy", protocol or "NAME")
@@ -84,15 +87,14 @@ def train(
 
 def _dry_run(spec: Any, how: Any, folder: Path | None) -> None:
     from vlm4vla.data.sources import Sources
+    from vlm4vla.training import processes
     from vlm4vla.training.forecast import forecast
 
-    folder = folder or (Path(spec.data.folder) if spec.data.folder else None)
-    sources = Sources.open(spec.data, folder) if folder and folder.is_dir() else None
+    sources = Sources.open(spec.data, folder) if folder else None
     size = spec.data.image_size or (sources.sets[0].image_size if sources else None)
     if size is None:
         raise UserError("no size of pictures", "data.image_size, or a data set", "add --set data.image_size=224")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    click.echo("\n".join(forecast(spec, how, size, processes, sources)))
+    click.echo("\n".join(forecast(spec, how, size, processes.number(), sources)))
 
 
 @click.command()
