@@ -1,7 +1,8 @@
 """How long a policy takes to answer, with random weights: this project's way, a plain one and the floor, in one run.
 
     python benchmarks/predict_latency.py                                           # the embedded VLM, on the CPU
-    python benchmarks/predict_latency.py --backbone Qwen/Qwen3-VL-2B-Instruct --image-size 224 --precision bf16
+    python benchmarks/predict_latency.py --backbone Qwen/Qwen3-VL-2B-Instruct --image-size 224 --precision bf16 \
+        --compile
 
 `predict` is `Policy.predict`, from observations to actions in native units. The floor is the same VLM's forward pass
 alone, on inputs that lie on the device. The plain way is what one writes first: the model's whole processor on each
@@ -24,7 +25,8 @@ from train_throughput import INSTRUCTIONS, Plain, drawn
 
 import vlm4vla.policy
 from vlm4vla.policy import Policy, torch_device
-from vlm4vla.spec import DataSpec, RunSpec, TrainSpec
+from vlm4vla.spec import DataSpec, RunSpec, Runtime, TrainSpec
+from vlm4vla.training.compiled import compiled
 from vlm4vla.types import Observation
 
 WARM_UP = 3
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--compile", action="store_true", help="And `predict` with compiled layers.")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device, rng = torch_device(options.device), np.random.default_rng(0)
@@ -119,9 +122,10 @@ def main() -> None:
     spec = RunSpec(backbone=options.backbone, data=DataSpec(folder="noise"), training=training)
     actions = rng.normal(size=(100, 7)).astype(np.float32)
     actions[:, -1] = actions[:, -1] > 0
-    policy = drawn(spec, actions, options.image_size, device)
+    policy = drawn(spec, actions, options.image_size, device).for_acting()
     policy.vla.eval()
-    policy.for_acting()
+    fast = drawn(spec, actions, options.image_size, device).for_acting()
+    fast.vla.eval()
     print(f"{options.backbone}, {options.image_size} px, {options.precision}, {device}; milliseconds")
     for batch in options.batches:
         images = rng.integers(0, 256, (batch, options.image_size, options.image_size, 3), np.uint8)
@@ -131,7 +135,10 @@ def main() -> None:
             "floor": floor(policy, look),
             "plain": plain(policy, look),
         }
-        rounds = [[milliseconds(call, device) for call in calls.values()] for _ in range(WARM_UP + options.repeats)]
+        if options.compile:
+            calls["compiled"] = partial(fast.predict, look)
+        with compiled(fast.vla, Runtime(compile=options.compile)):
+            rounds = [[milliseconds(call, device) for call in calls.values()] for _ in range(WARM_UP + options.repeats)]
         with parts(policy) as spent:
             whole = sum(milliseconds(calls["predict"], device) for _ in range(options.repeats))
         spent["rest"] = whole - sum(spent.values())

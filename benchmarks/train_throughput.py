@@ -5,9 +5,10 @@
         --precision bf16
 
 The plain loop is what one writes first: the model's processor in the step, the whole forward pass with logits and with
-transformers' own attention, the last hidden state picked from all of them, a number read back in each step. Model, pictures, instructions, head and loss are
-the same. The floor is the time that the step's matrix products take at the rate this device reaches on large ones,
-measured here. Of a named backbone its configuration and processor are read, no weight.
+transformers' own attention, the last hidden state picked from all of them, a number read back in each step. Model,
+pictures, instructions, head and loss are the same. The floor is the time that the step's matrix products take at the
+rate this device reaches on large ones, measured here. Of a named backbone its configuration and processor are read, no
+weight.
 """
 
 import argparse
