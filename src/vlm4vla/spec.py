@@ -39,6 +39,9 @@ Compat = Literal["upsample_448"]
 QueryInit = Literal["zero", "normal"]
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
 def later(default: Any, **constraints: Any) -> Any:
     """A field that later versions brought: while it has its default it is left out of dumps, so that a run keeps its
     id and its files stay readable."""
@@ -322,8 +325,8 @@ class Runtime(Strict):
     """Layers are compiled (``training/compiled.py``): faster where a family's layers allow it."""
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP2) instead of repeating them in each (DDP)."""
-    trackers: tuple[str, ...] = ()
-    """``tensorboard``, ``wandb``, ``trackio``, through accelerate; the JSONL file is always written."""
+    trackers: tuple[Tracker, ...] = ()
+    """What ``metrics.jsonl`` has is told them as well, through accelerate."""
     cache: bool = True
     """Decode all pictures once into a file beside the data set (3 bytes a pixel), instead of each time."""
     progress: bool = True

@@ -29,7 +29,7 @@ def execution(training: TrainSpec, runtime: Runtime, processes: int) -> None:
         torch_device(runtime.device)
     missing = set(runtime.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
     if missing:  # Accelerate passes over what is not installed
-        what = ", ".join(sorted(missing))
+        what = " ".join(sorted(missing))
         raise UserError(f"no tracker {what} installed", "an installed tracker, or none", f"pip install {what}")
     if training.batch_size % (processes * runtime.accumulate):
         raise UserError(

@@ -127,7 +127,7 @@ def _fit(
     parts = accelerator.num_processes * runtime.accumulate
     mine = range(rank * runtime.accumulate, (rank + 1) * runtime.accumulate)
     if runtime.trackers:
-        accelerator.init_trackers("vlm4vla", config={"identity": identity, **spec.model_dump()})
+        _track(accelerator, out, {"identity": identity, **spec.model_dump()})
     model: Any = Step(objective)
     processes.place(model, accelerator, runtime.shard, spec.precision == "bf16")
     model = accelerator.prepare_model(model, evaluation_mode=runtime.shard)  # evaluation: no DDP around it
@@ -276,6 +276,28 @@ def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: P
             log_with=list(runtime.trackers) or None,
             project_dir=out,
         )
+
+
+def _track(accelerator: Accelerator, out: Path, config: dict[str, Any]) -> None:
+    """Start the trackers; what they write themselves lies in ``out`` where they can be told so (wandb, tensorboard).
+
+    A training that goes on is a further run of the same name: who is resumed under an old one refuses, or drops, the
+    steps between checkpoint and kill, which are made again.
+    """
+    name = f"{out.resolve().name}-{config['identity']}"
+    own = {
+        "wandb": {"name": name, "group": config["identity"], "dir": str(out)},
+        "trackio": {"name": f"{name}-{int(time.time())}", "group": config["identity"]},  # names are ids there
+        "mlflow": {"run_name": name},
+    }
+    try:
+        accelerator.init_trackers("vlm4vla", config=config, init_kwargs=own)
+    except Exception as error:  # each has its own: no account, no server, no place
+        raise UserError(
+            f"a tracker that does not start ({type(error).__name__}: {error})",
+            "an account or a server that can be reached",
+            "log in as its documentation says, or for wandb: export WANDB_MODE=offline",
+        ) from error
 
 
 def _require_same(out: Path, identity: str) -> None:

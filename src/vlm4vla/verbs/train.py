@@ -3,14 +3,13 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from vlm4vla.errors import UserError
+from vlm4vla.spec import Tracker
 from vlm4vla.verbs.shared import FILE, FOLDER, device_option, next_step, out_option, set_option, threads_option
-
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @click.command()
@@ -26,7 +25,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 @click.option("--gradient-checkpointing", is_flag=True, help="Activations are computed twice: less memory.")
 @click.option("--compile", "compiled", is_flag=True, help="Layers through torch.compile; not with --shard.")
 @click.option("--shard", is_flag=True, help="Spread the weights over all processes (FSDP2) instead of repeating them.")
-@click.option("--tracker", "trackers", type=click.Choice(TRACKERS), multiple=True, help="Repeatable.")
+@click.option("--tracker", "trackers", type=click.Choice(get_args(Tracker)), multiple=True, help="Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take: memory, time, what is frozen. Trains nothing.")
 @click.option("--no-cache", "cache", flag_value=False, default=True, help="Decode pictures each time; keep no file.")
 def train(
