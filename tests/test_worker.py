@@ -147,7 +147,7 @@ def test_worker_has_no_torch():
 
 
 def test_large_images_cross(start):
-    worker = start(image_size=1024)  # 3 MiB: fifty times what a pipe holds
+    worker = start(image_size=1024)  # 3 MiB: three times what a pipe holds at best
     worker.receive()
     assert worker.ask("reset", seed=1, look=True).observation.images["main"].shape == (1024, 1024, 3)
 

@@ -18,9 +18,11 @@ parent dies.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
+import select
 import signal
 import struct
 import subprocess
@@ -29,7 +31,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +49,8 @@ MAX_ARRAYS = 1 << 28
 DTYPES = ("|u1", "<f4", "<f8")
 STDERR_TAIL = 4000
 """Bytes of a worker's stderr that a fault message quotes."""
+PIPE_BYTES = 1 << 20
+"""Wanted of a pipe: a picture crosses in one piece then, and not in 64 KiB ones between which processes take turns."""
 POLITE_EXIT_S = 2.0
 BOOTSTRAP = """
 import importlib.util, sys
@@ -88,6 +91,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} does not travel in a frame's header")
+
+
+def write(descriptor: int, parts: list[bytes | memoryview]) -> None:
+    """Write a frame at once where the pipe holds it: its reader then wakes once. Raises ``BrokenPipeError``."""
+    left = [memoryview(part) for part in parts]
+    while left:
+        count = os.writev(descriptor, left)
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
 
 
 class FrameReader:
@@ -185,6 +199,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,
             env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ},
             start_new_session=True,
         )
@@ -194,6 +209,9 @@ class Worker:
         assert err is not None
         self._stdin, self._out, self._err = stdin, out.fileno(), err.fileno()
         self._pipes = (stdin, out, err)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux, where a user's pipes may hold so much in all
+            with contextlib.suppress(PermissionError):
+                fcntl.fcntl(self._out, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         os.set_blocking(self._out, False)
         os.set_blocking(self._err, False)
         self._frames, self._said, self._err_open = FrameReader(self._out), b"", True
@@ -212,9 +230,7 @@ class Worker:
         """Send a request. A worker that is gone is noticed by the ``poll`` that follows."""
         self.deadline = time.monotonic() + self._timeout_s
         with contextlib.suppress(BrokenPipeError):
-            for part in frame({"do": do, **fields}, {} if actions is None else {"actions": actions}):
-                self._stdin.write(part)
-            self._stdin.flush()
+            write(self._stdin.fileno(), frame({"do": do, **fields}, {} if actions is None else {"actions": actions}))
 
     def postpone(self, seconds: float) -> None:
         """Move the reply's deadline by the time in which nobody listened."""
@@ -310,7 +326,11 @@ class Worker:
 def wait(workers: Sequence[Worker]) -> None:
     """Sleep until one of the workers says something or one's deadline has passed."""
     timeout = min(worker.deadline for worker in workers) - time.monotonic()
-    connection.wait([d for worker in workers for d in worker.descriptors], max(0.0, timeout) + 1e-3)
+    poll = select.poll()
+    for worker in workers:
+        for descriptor in worker.descriptors:
+            poll.register(descriptor, select.POLLIN)
+    poll.poll(1e3 * max(0.0, timeout) + 1)
 
 
 # ---------------------------------------------------------------------------------------------------- worker's side
@@ -376,7 +396,7 @@ def main(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent(parent)
     # The protocol keeps private copies of the pipes; from here on, prints of libraries go to stderr.
-    requests, replies = FrameReader(os.dup(0)), os.fdopen(os.dup(1), "wb")
+    requests, replies = FrameReader(os.dup(0)), os.dup(1)
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     server = Server()
@@ -389,8 +409,6 @@ def main(parent: int) -> None:
             except Exception as error:
                 told = {"error": traceback.format_exc()[-STDERR_TAIL:], "refused": isinstance(error, ValueError)}
                 parts = frame(told, {})
-            for part in parts:
-                replies.write(part)
-            replies.flush()
+            write(replies, parts)
     if server.sim is not None:
         server.sim.close()
