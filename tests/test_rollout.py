@@ -74,6 +74,17 @@ def test_number_of_workers_does_not_matter(store):
     assert max(policy.batches) > 1, "waiting workers are served together"
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_go_on_by_themselves_but_for_the_last_episodes(store, monkeypatch, workers):
+    asked, stored = [], []
+    send, add = Worker.send, store.add
+    monkeypatch.setattr(Worker, "send", lambda self, do, *a, **k: (asked.append(do), send(self, do, *a, **k))[1])
+    monkeypatch.setattr(store, "add", lambda run_id, row: (stored.append(row.episode), add(run_id, row))[1])
+    run(store, workers=workers)
+    assert sorted(stored) == [*range(EPISODES)], "each once"
+    assert workers <= asked.count("reset") < 3 * workers, "at the start, and where fewer episodes are left than workers"
+
+
 def test_finished_episodes_are_not_repeated(store):
     first = run(store, episodes=5)
     policy = FakePolicy()

@@ -124,6 +124,21 @@ def test_worker_runs_an_episode(start):
     np.testing.assert_array_equal(again.images["main"], first.observation.images["main"])
 
 
+def test_a_worker_goes_on_with_the_next_episode_by_itself(start):
+    worker = start()
+    worker.receive()
+    seen = worker.ask("reset", seed=4, look=True).observation
+    worker.ask("reset", seed=3)
+    assert worker.ask("execute", actions=np.zeros((2, 7), np.float32), look=True, then=4).observation is not None
+    end = worker.ask("execute", actions=np.zeros((50, 7), np.float32), look=True, then=4)
+    assert (end.outcome.done, end.observation) == (True, None)
+    worker.expect()
+    begun = worker.receive()
+    assert begun.outcome is None
+    assert begun.observation.instruction == seen.instruction
+    np.testing.assert_array_equal(begun.observation.images["main"], seen.images["main"])
+
+
 @pytest.mark.sim
 def test_the_worker_names_font_and_backend():
     """Pixels depend on both."""

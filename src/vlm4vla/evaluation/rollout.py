@@ -1,10 +1,11 @@
 """The only episode loop: several simulator processes, one policy, one row per episode.
 
 Each worker runs ``reset -> look -> (policy) -> execute -> look -> ... -> done``. The policy predicts for all workers
-that wait at that moment in one batch; nothing is rendered between two looks. Rows are stored as episodes end, so an
-evaluation that was killed continues where it was. Which episodes exist, and their seeds, depend on the protocol alone.
-The number of workers changes the time, and which observations share a batch: hidden states then differ by some 4e-6
-(fp32), so an episode that hangs on the last digits can end otherwise.
+that wait at that moment in one batch; nothing is rendered between two looks. A worker whose episode ends goes on with
+the next one by itself, for the policy may be busy with another's; the last ones go to whoever is free. Rows are stored
+as episodes end, so an evaluation that was killed continues where it was. Which episodes exist, and their seeds, depend
+on the protocol alone. The number of workers changes the time, and which observations share a batch: hidden states then
+differ by some 4e-6 (fp32), so an episode that hangs on the last digits can end otherwise.
 
 Shapes: H horizon, A action dimensions.
 """
@@ -69,6 +70,8 @@ class Attempt:
     """For temporal ensembling: the step of each prediction, and its (H, A) actions."""
     asked_open: int = 0
     """For ``Protocol.open_after``: executed actions in a row that asked for an open gripper."""
+    ahead: int | None = None
+    """The episode with which the worker goes on by itself where the actions under way end this one."""
     timings: dict[str, float] = field(default_factory=lambda: {"sim": 0.0, "render": 0.0, "infer": 0.0})
     started: float = 0.0
 
@@ -229,8 +232,10 @@ class _Evaluation:
         elif self._filmed(attempt, attempt.outcome) and reply.observation is None:
             worker.send("observe")  # how it ended, for strips and videos only
         else:
-            self._next(worker)  # it starts the next episode while this one is written down
+            self._next(worker, attempt)  # it starts the next episode while this one is written down
             self._finish(attempt, attempt.outcome, bar)
+            if worker in self.running:
+                self._listen(worker, bar)  # the next one's first look may be there as well
 
     def _act(self) -> None:
         """Predict for all workers that wait, in one batch, and send them on."""
@@ -245,7 +250,21 @@ class _Evaluation:
         for (worker, attempt, _), chunk in zip(waiting, chunks, strict=True):
             attempt.timings["infer"] += seconds / len(waiting)
             attempt.observation = None
-            worker.send("execute", actions=self._executable(attempt, chunk), look=True)
+            attempt.ahead = self._ahead(attempt)
+            then = None if attempt.ahead is None else self.protocol.first_seed + attempt.ahead
+            worker.send("execute", actions=self._executable(attempt, chunk), look=True, then=then)
+
+    def _ahead(self, attempt: Attempt) -> int | None:
+        """What follows this attempt, if that can be said before its end: its last frame is not filmed, and enough is
+        left that no worker ends while another keeps an episode back."""
+        if len(self.todo) < len(self.running) or self.film.records(attempt.episode):
+            return None
+        return self._following(attempt)
+
+    def _following(self, attempt: Attempt) -> int | None:
+        """The first episode with which no other worker may be going on by now; None where none is left."""
+        taken = {other.ahead for other in self.running.values() if other is not attempt}
+        return next((episode for episode in self.todo if episode not in taken), None)
 
     def _executable(self, attempt: Attempt, chunk: ActionChunk) -> np.ndarray:
         """The next ``protocol.execute`` actions (n, A), made of a chunk as the protocol says."""
@@ -274,13 +293,21 @@ class _Evaluation:
         self.running[worker] = Attempt(episode, started=time.monotonic())
         worker.send("reset", seed=self.protocol.first_seed + episode, look=True)
 
-    def _next(self, worker: Worker) -> None:
-        if self.todo:
-            self._begin(worker, self.todo.popleft())
-        else:
+    def _next(self, worker: Worker, attempt: Attempt) -> None:
+        """Go on after ``attempt``, with the episode that the worker has begun or with another; or let it end."""
+        begun = attempt.ahead is not None
+        episode = attempt.ahead if begun else self._following(attempt)
+        if episode is None:
             del self.running[worker]
             worker.dismiss()
             self.dismissed.append(worker)
+            return
+        self.todo.remove(episode)
+        if begun:
+            self.running[worker] = Attempt(episode, started=time.monotonic())
+            worker.expect()
+        else:
+            self._begin(worker, episode)
 
     def _retry(self, worker: Worker, attempt: Attempt, fault: str, bar: tqdm) -> None:
         """Start the worker again with the same episode, or record the fault and go on."""
@@ -295,11 +322,12 @@ class _Evaluation:
             self.running[worker] = Attempt(attempt.episode)
         else:
             self._store(self._result(attempt, None, fault), bar)
-            if not self.todo:
+            if (episode := self._following(attempt)) is None:
                 del self.running[worker]
                 worker.kill()
                 return
-            self.running[worker] = Attempt(self.todo.popleft())
+            self.todo.remove(episode)
+            self.running[worker] = Attempt(episode)
         worker.restart()
 
     def _finish(self, attempt: Attempt, outcome: StepOutcome, bar: tqdm) -> None:

@@ -10,11 +10,12 @@ Parent and worker exchange frames over the worker's stdin and stdout:
 array is a view of the frame's buffer. Inside the worker, stdout is stderr, so a library that prints cannot corrupt the
 stream. A request is a dict with ``do``:
 
-    make(sim, kwargs)  reset(seed, look)  execute(actions, look)  observe()
+    make(sim, kwargs)  reset(seed, look)  execute(actions, look, then)  observe()
 
 where ``look`` asks for the observation in the same reply (never after the end of an episode). A reply holds what was
-asked for and the ``seconds`` spent in ``sim`` and ``render``, or an error. The worker ends when its stdin closes or its
-parent dies.
+asked for and the ``seconds`` spent in ``sim`` and ``render``, or an error. Where ``execute`` ends the episode and
+``then`` is a seed, the worker goes on as if ``reset(then, look)`` had followed, and a second reply comes: it need not
+wait for a parent that is busy. The worker ends when its stdin closes or its parent dies.
 """
 
 import contextlib
@@ -228,9 +229,13 @@ class Worker:
 
     def send(self, do: str, actions: np.ndarray | None = None, **fields: Any) -> None:
         """Send a request. A worker that is gone is noticed by the ``poll`` that follows."""
-        self.deadline = time.monotonic() + self._timeout_s
+        self.expect()
         with contextlib.suppress(BrokenPipeError):
             write(self._stdin.fileno(), frame({"do": do, **fields}, {} if actions is None else {"actions": actions}))
+
+    def expect(self) -> None:
+        """Give the next reply its full time: a request was sent, or (``then``) a second reply follows."""
+        self.deadline = time.monotonic() + self._timeout_s
 
     def postpone(self, seconds: float) -> None:
         """Move the reply's deadline by the time in which nobody listened."""
@@ -401,9 +406,15 @@ def main(parent: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     server = Server()
     with contextlib.suppress(EOFError, BrokenPipeError):
-        while request := requests.read():
+        request = None
+        while request := request or requests.read():
+            header, arrays = request
+            request = None
             try:
-                parts = frame(*server.answer(*request))
+                reply, images = server.answer(header, arrays)
+                parts = frame(reply, images)
+                if header.get("then") is not None and reply["outcome"]["done"]:
+                    request = {"do": "reset", "seed": header["then"], "look": header.get("look", False)}, {}
             except UserError as error:
                 parts = frame({"user_error": [error.found, error.expected, error.next_step]}, {})
             except Exception as error:
