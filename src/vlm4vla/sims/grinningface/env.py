@@ -178,8 +178,10 @@ class GrinningFace:
 
     def placed_card(self) -> int | None:
         """The card on which the cube is placed, or None."""
+        if not self.resting:
+            return None
         card, distance = self.nearest_card()
-        return card if distance <= PLACED_RADIUS and self.resting else None
+        return card if distance <= PLACED_RADIUS else None
 
     def _credits(self, placed: int | None) -> dict[str, Any]:
         card, distance = self.nearest_card()
