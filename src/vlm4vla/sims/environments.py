@@ -30,6 +30,9 @@ from vlm4vla.locks import locked
 Say = Callable[[str], None]
 LAST_LINES = 5
 """Of what pip says of a failure."""
+FIRST_FRAME_S = 900.0
+"""For each reply of a simulator that starts for the first time: it compiles its Python (LIBERO's numba too) from a cold
+disk, and 120 s were too few on two cores beside other work."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(found.resolve(), target_is_directory=True)
-        say("rendering a frame")
+        say(f"rendering a frame (the first start compiles; it is given {FIRST_FRAME_S / 60:g} minutes a reply)")
         picture = _prove(name, target)
         ready = {"requirements": _digest(name), "assets": str(found.resolve()), "revision": _revision(found)}
         write_text(target / "ready.json", json.dumps(ready, indent=1) + "\n")
@@ -302,7 +305,7 @@ def _prove(name: str, target: Path) -> Path:
 
     from vlm4vla.sims.worker import Worker, WorkerFault
 
-    worker = Worker(name, {}, python=str(_python(target)))
+    worker = Worker(name, {}, FIRST_FRAME_S, str(_python(target)))
     try:
         worker.receive()
         seen = worker.ask("reset", seed=0, look=True).observation
