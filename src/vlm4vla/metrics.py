@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from vlm4vla.errors import UserError
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+"""Packages that training can tell the rows as well."""
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

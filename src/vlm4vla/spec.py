@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vlm4vla.errors import UserError, nearest
+from vlm4vla.metrics import Tracker
 
 Model = TypeVar("Model", bound=BaseModel)
 Mode = Literal["quantile", "min_max", "mean_std", "fixed", "none"]
@@ -34,12 +35,7 @@ class Strict(BaseModel):
 
 
 Compat = Literal["upsample_448"]
-
-
 QueryInit = Literal["zero", "normal"]
-
-
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 def later(default: Any, **constraints: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from vlm4vla.errors import UserError
-from vlm4vla.spec import Tracker
+from vlm4vla.metrics import Tracker
 from vlm4vla.verbs.shared import FILE, FOLDER, device_option, next_step, out_option, set_option, threads_option
 
 
