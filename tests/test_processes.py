@@ -183,6 +183,17 @@ def test_compiled_layers_train_what_others_train(job, tmp_path, name):
     assert_same(tmp_path / "eager", tmp_path / "compiled")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
+def test_compiled_layers_are_trained_by_two_processes_and_computed_twice(job, tmp_path, name):
+    """From nothing: torch's compiler waits for ever in a forked process."""
+    save_vlm(*tiny_families.draw(name), tmp_path / "vlm")
+    job = job[0].model_copy(update={"backbone": str(tmp_path / "vlm")}), job[1]
+    run(job, tmp_path / "eager")
+    assert launched(2, job, tmp_path / "compiled", compile=True, gradient_checkpointing=True) == [0, 0]
+    assert_same(tmp_path / "eager", tmp_path / "compiled")
+
+
 def test_what_does_not_compile_is_told():
     with pytest.raises(UserError, match="leave out --compile"), compiled(nn.Linear(1, 1), Runtime(compile=True)):
         raise Unsupported("a graph break")
