@@ -32,7 +32,7 @@ class SimplerMs2(Bridge):
     def __init__(self, render: Literal["vulkan", "none"] = "vulkan", **episode: Any) -> None:
         """``render``: ``none`` is physics alone, without Vulkan and pictures. ``episode``: see ``Bridge``.
 
-        Raises ``UserError`` as ``Bridge`` does, ``ImportError`` without ManiSkill2_real2sim.
+        Raises ``UserError`` as ``Bridge`` does and without Vulkan, ``ImportError`` without ManiSkill2_real2sim.
         """
         super().__init__(**episode)
         self.render = render
@@ -42,26 +42,15 @@ class SimplerMs2(Bridge):
         self._make: Any = known[f"{self.task.env}-v0"].cls
         if render == "none":
             self._make = _blind(self._make)
+        else:
+            self._renderer = _renderer()
 
     @property
     def versions(self) -> dict[str, str]:
         return {"renderer": "none" if self.render == "none" else device()}
 
     def _start(self, episode: int) -> Any:
-        try:
-            env = self._make(
-                obs_mode="none" if self.render == "none" else "image",
-                prepackaged_config=True,
-                renderer_kwargs={"offscreen_only": True},  # no display is asked for
-            )
-        except RuntimeError as error:
-            if "vk::" not in str(error):
-                raise
-            raise UserError(
-                f"no Vulkan for sapien 2: {error}",
-                "a GPU and its Vulkan driver (Mesa's software driver lacks VK_KHR_external_semaphore_fd)",
-                "a machine with a GPU, or the same task on ManiSkill 3: simpler_bridge/ms3/carrot/v1",
-            ) from error
+        env = self._make(obs_mode="none" if self.render == "none" else "image", prepackaged_config=True)
         env.reset(seed=0, options={"obj_init_options": {"episode_id": episode}})
         return env
 
@@ -82,13 +71,24 @@ class SimplerMs2(Bridge):
         return picture, env.get_language_instruction(), env.agent.robot.get_qpos()
 
 
+def _renderer() -> Any:
+    """Later ones share what the first has compiled, which takes seconds, for as long as it is kept."""
+    core: Any = importlib.import_module("sapien.core")
+    try:
+        return core.SapienRenderer(offscreen_only=True)  # no display is asked for
+    except RuntimeError as error:
+        raise UserError(
+            f"no Vulkan for sapien 2: {error}",
+            "a GPU and its Vulkan driver (Mesa's software driver lacks VK_KHR_external_semaphore_fd)",
+            "a machine with a GPU, or the same task on ManiSkill 3: simpler_bridge/ms3/carrot/v1",
+        ) from error
+
+
 def _blind(environment: Any) -> Any:
     """The same environment without renderer, cameras and lights."""
     core: Any = importlib.import_module("sapien.core")
 
     class Renderer:
-        def __init__(self, **settings: bool) -> None: ...
-
         def set_log_level(self, level: str) -> None: ...
 
     core.SapienRenderer, core.Engine.set_renderer = Renderer, lambda engine, renderer: None
