@@ -18,6 +18,7 @@ from vlm4vla.cli import cli
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA, Policy
+from vlm4vla.serving.sources import opened
 from vlm4vla.skills.questions import words
 from vlm4vla.spec import TREATMENTS, RunSpec, TrainSpec, TreatmentSpec, parse
 from vlm4vla.types import Observation
@@ -157,12 +158,24 @@ def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images,
     assert "hf download" not in error.next_step, "it was a folder"
     save_vlm(*tiny.build(NAMES, words(), seed=9), tmp_path / "other")
     assert "other weights in the backbone" in str(merge("--backbone", str(tmp_path / "other")))
-    assert merge("--backbone", str(folder)) is None
     look = Observation({"main": images[0]}, TEXTS[0])
+    with opened(str(tmp_path / "policy"), "cpu", backbone=str(folder)) as source:
+        here = source.policy.predict([look])[0].actions
+    np.testing.assert_allclose(here, policy.predict([look])[0].actions, atol=1e-5)
+    assert merge("--backbone", str(folder)) is None
     merged = Policy.load(tmp_path / "whole").predict([look])[0].actions
     np.testing.assert_allclose(merged, policy.predict([look])[0].actions, atol=1e-5)
     with pytest.raises(UserError, match="which has its own"):
         Policy.load(tmp_path / "whole", backbone=str(folder))
+    where = {"eval": ["--protocol", "grinningface/place/val/v1"], "serve": []}
+    for verb, options in where.items():
+        arguments = [verb, str(tmp_path / "policy"), *options, "--device", "cpu"]
+        assert "--backbone NAME" in CliRunner().invoke(cli, arguments).exception.next_step
+        error = CliRunner().invoke(cli, [*arguments, "--backbone", str(tmp_path / "other")]).exception
+        assert "other weights in the backbone" in error.found
+    for other in ("openpi://127.0.0.1:1", "random:data"):
+        with pytest.raises(UserError, match="--backbone with"), opened(other, backbone=str(folder)):
+            pass
     arguments = ["policy", "merge", str(tmp_path / "whole"), "--out", str(tmp_path / "again")]
     assert "no adapters to merge" in str(CliRunner().invoke(cli, arguments).exception)
     assert not (tmp_path / "again").exists()

@@ -22,6 +22,7 @@ from vlm4vla.verbs.shared import (
     FILE,
     FOLDER,
     Verbs,
+    backbone_option,
     device_option,
     next_step,
     out_option,
@@ -152,6 +153,7 @@ cli.add_command(policy)
     show_default=True,
     help="MP4 of episodes.",
 )
+@backbone_option
 @sim_python_option
 @workers_option
 @device_option
@@ -165,6 +167,7 @@ def evaluate(
     token: str | None,
     strips: int,
     video: Literal["failures", "all", "none"],
+    backbone: str | None,
     sim_python: str | None,
     workers: int,
     device: str,
@@ -183,7 +186,7 @@ def evaluate(
     from vlm4vla.studies.stats import credit_lines, summarise
     from vlm4vla.studies.store import Store
 
-    with opened(policy, device, baseline, name, token) as source:
+    with opened(policy, device, baseline, name, token, backbone) as source:
         folder = home(policy, source)
         strip_folder, video_folder = (folder / kind / album(policy) for kind in ("strips", "videos"))
         with Store(store_path or folder / "eval.sqlite") as store:

@@ -242,7 +242,7 @@ class Policy:
 def _adapted(spec: RunSpec, folder: Path, card: dict, policy: str, backbone: str) -> tuple[PreTrainedModel, Processor]:
     """The VLM that a policy's adapters were trained on, with the adapters and whatever else was trained in it."""
     merge = f"vlm4vla policy merge {shlex.quote(policy)} --backbone NAME --out FOLDER"
-    mend = f"say where they are (NAME: a folder or a hub id), once and for all: {merge}"
+    mend = f"say where they are: --backbone NAME (a folder or a hub id); or once and for all: {merge}"
     try:
         vlm, processor = load_vlm(backbone)
     except UserError as error:

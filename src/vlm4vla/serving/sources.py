@@ -43,13 +43,19 @@ class Source:
 
 @contextmanager
 def opened(
-    text: str, device: str = "auto", view: str | None = None, name: str | None = None, token: str | None = None
+    text: str,
+    device: str = "auto",
+    view: str | None = None,
+    name: str | None = None,
+    token: str | None = None,
+    backbone: str | None = None,
 ) -> Iterator[Source]:
     """Open the policy that ``text`` names.
 
     Args:
         view: baseline (``baseline.py``) for another project's server; ours needs none.
         name: what results call another project's policy: its server does not say which weights it has.
+        backbone: see ``checkpoint``.
 
     Raises:
         UserError: nothing there, or something is not said that would have to be guessed.
@@ -58,6 +64,8 @@ def opened(
     server = separator == ":" and scheme in SERVERS
     if not server and (view is not None or name is not None):
         raise UserError(f"--baseline or --name with {text}", "another project's server", "leave them out")
+    if backbone is not None and (server or (separator and scheme in ("replay", "random"))):
+        raise UserError(f"--backbone with {text}", "a policy folder, or hub:OWNER/NAME", "leave it out")
     if server:
         if not ADDRESS.fullmatch(address := rest.removeprefix("//").rstrip("/")):
             raise UserError(f"the address {text!r}", f"{scheme}://host:port", f"e.g. {scheme}://127.0.0.1:8000")
@@ -68,7 +76,7 @@ def opened(
 
         yield getattr(replay, scheme)(Path(rest))
     else:
-        yield checkpoint(text, device)
+        yield checkpoint(text, device, backbone=backbone)
 
 
 def home(text: str, source: Source) -> Path:
@@ -130,8 +138,12 @@ def _remote(scheme: str, address: str, view: str | None, name: str | None, token
         policy.close()
 
 
-def checkpoint(text: str, device: str, threads: int | None = None) -> Source:
-    """A policy folder of ours, or one on the hub. Raises ``UserError`` as ``Policy.load`` and ``hub.fetch``."""
+def checkpoint(text: str, device: str, threads: int | None = None, backbone: str | None = None) -> Source:
+    """A policy folder of ours, or one on the hub. Raises ``UserError`` as ``Policy.load`` and ``hub.fetch``.
+
+    Args:
+        backbone: where the VLM that its adapters were trained on is here, if not where it was then.
+    """
     folder = hub.local(text)
     if not (folder / "policy.json").is_file():  # said before torch is imported
         others = ", ".join([*(f"{server}://host:port" for server in SERVERS), "replay:DATA", "random:DATA"])
@@ -144,7 +156,7 @@ def checkpoint(text: str, device: str, threads: int | None = None) -> Source:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    policy = Policy.load(folder, device).for_acting()
+    policy = Policy.load(folder, device, backbone).for_acting()
     # A run has several policies (policies/step-*), and may be trained again: its id alone does not say which this is.
     step = f"@{folder.resolve().name}" if folder.resolve().name.startswith("step-") else ""
     name = f"{policy.spec.run_id}{step}-{weights_hash(folder)}"

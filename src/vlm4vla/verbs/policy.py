@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from vlm4vla.errors import UserError
-from vlm4vla.verbs.shared import FOLDER, Verbs, next_step, out_option
+from vlm4vla.verbs.shared import FOLDER, Verbs, backbone_option, next_step, out_option
 
 
 @click.group(cls=Verbs)
@@ -16,7 +16,7 @@ def policy() -> None:
 @policy.command("merge")
 @click.argument("folder", metavar="POLICY", type=FOLDER)
 @out_option
-@click.option("--backbone", help="Folder or hub id of its VLM, where it is not what it was in training.")
+@backbone_option
 def policy_merge(folder: Path, out: Path, backbone: str | None) -> None:
     """Write POLICY, whose VLM has adapters, with a whole VLM: OUT/vlm opens in plain transformers."""
     from vlm4vla.files import new_folder

@@ -2,7 +2,7 @@
 
 import click
 
-from vlm4vla.verbs.shared import device_option, threads_option
+from vlm4vla.verbs.shared import backbone_option, device_option, threads_option
 
 
 @click.command()
@@ -26,6 +26,7 @@ from vlm4vla.verbs.shared import device_option, threads_option
     help="How long an idle policy waits for a full batch.",
 )
 @click.option("--max-message-mb", type=click.IntRange(1, 1024), default=16, show_default=True)
+@backbone_option
 @device_option
 @threads_option
 def serve(
@@ -39,6 +40,7 @@ def serve(
     max_batch: int,
     max_wait_ms: float,
     max_message_mb: int,
+    backbone: str | None,
     device: str,
     threads: int,
 ) -> None:
@@ -48,4 +50,5 @@ def serve(
     from vlm4vla.serving.sources import checkpoint
 
     settings = Settings(host, listening(listen), token, max_batch, max_wait_ms / 1000, max_message_mb * MEBIBYTE)
-    serve_forever(Service(checkpoint(policy, device, threads), resize, form, execute or 0), settings, click.echo)
+    source = checkpoint(policy, device, threads, backbone)
+    serve_forever(Service(source, resize, form, execute or 0), settings, click.echo)

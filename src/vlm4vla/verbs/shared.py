@@ -18,6 +18,9 @@ workers_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, help="E.g. cuda:1; auto says which it takes."
 )
+backbone_option = click.option(
+    "--backbone", metavar="NAME", help="Folder or hub id of POLICY's VLM, where it is not what it was in training."
+)
 sim_python_option = click.option(
     "--sim-python",
     metavar="PATH",
