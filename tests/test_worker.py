@@ -15,8 +15,9 @@ from fake_sim import CONVENTION
 from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
 from vlm4vla.sims.backend import choose_backend
+from vlm4vla.sims.frames import MAX_ARRAYS, PREFIX, FrameReader, frame
 from vlm4vla.sims.grinningface import emoji
-from vlm4vla.sims.worker import MAX_ARRAYS, PREFIX, FrameReader, Worker, WorkerFault, frame
+from vlm4vla.sims.worker import Worker, WorkerFault
 
 TESTS = str(Path(__file__).parent)
 
