@@ -233,6 +233,16 @@ def test_doctor_judges_the_backend_that_the_simulator_chooses(monkeypatch: pytes
     assert said in found.found + found.mend
 
 
+def test_doctor_says_which_vulkan_there_is_and_needs_none(monkeypatch: pytest.MonkeyPatch):
+    for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):  # the second is the older name
+        monkeypatch.setenv(variable, "/nowhere.json")
+    none = doctor.vulkan()
+    assert (none.ok, none.needed) == (False, False)
+    assert "mesa-vulkan-drivers" in none.mend
+    monkeypatch.setattr(doctor, "VULKAN", "print('one device')")
+    assert doctor.vulkan().ok
+
+
 def test_doctor_refuses_the_backends_that_the_simulator_refuses(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MUJOCO_GL", "cgl")
     monkeypatch.setattr(doctor, "renders", lambda backend: True)
