@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tiny_families
 from fake_sim import CONVENTION
@@ -20,7 +21,7 @@ from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA, Policy
 from vlm4vla.serving.sources import opened
 from vlm4vla.skills.questions import words
-from vlm4vla.spec import TREATMENTS, RunSpec, TrainSpec, TreatmentSpec, parse
+from vlm4vla.spec import TREATMENTS, VLM_GROUPS, RunSpec, TrainSpec, TreatmentSpec, parse
 from vlm4vla.types import Observation
 
 NAMES = ["cat", "ant"]
@@ -59,6 +60,17 @@ def train(backbone, images, steps=2):
         optimizer.step()
 
 
+def test_what_hears_is_a_group_of_its_own_and_never_trained():
+    _, config = tiny_families.FAMILIES["gemma4"]()
+    config.audio_config = AutoConfig.for_model("gemma4_audio")
+    with torch.device("meta"):
+        vlm = treatments.treat(AutoModelForImageTextToText.from_config(config), spec_of("full").treated)
+    parts = treatments.groups(vlm)
+    assert len(parts["projector"]) == 1
+    assert {name.split(".")[1] for name in parts["audio"]} == {"audio_tower", "embed_audio"}
+    assert not any(parameter.requires_grad for parameter in parts["audio"].values())
+
+
 @pytest.mark.parametrize("treatment", ALL, ids=lambda t: t if isinstance(t, str) else t["name"])
 def test_frozen_stays_to_the_bit_and_trained_moves(treatment, images):
     treated = spec_of(treatment).treated
@@ -68,7 +80,7 @@ def test_frozen_stays_to_the_bit_and_trained_moves(treatment, images):
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     train(Backbone(vlm, processor), images)
     for group, parameters in treatments.groups(vlm).items():
-        mode = treated.groups()[group].mode if group != "lm_head" else "frozen"
+        mode = treated.groups()[group].mode if group in VLM_GROUPS else "frozen"
         moved = {name for name, p in parameters.items() if not torch.equal(before[name], p)}
         low_rank = {name for name in parameters if adapters.is_adapter(name)}
         if mode in ("trained", "scratch"):

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm4vla.backbones.treatments import groups
 from vlm4vla.backbones.vlm import Backbone, auto_class, save_vlm
+from vlm4vla.spec import VLM_GROUPS
 
 TEXTS = (
     "push",
@@ -169,7 +170,7 @@ class Check:
             reached = {
                 name: sum(p.grad is not None and bool(p.grad.any()) for p in part)
                 for name, part in parts.items()
-                if name != "lm_head"
+                if name in (*VLM_GROUPS, "query")
             }
         finally:
             self.backbone.zero_grad()

@@ -1,10 +1,10 @@
 """Treatments: which parts of a VLM are trained, kept, adapted or drawn anew, with one meaning for every family.
 
-Five groups partition a VLM's parameters: ``vision`` (encoder), ``projector``, ``llm`` (decoder layers and norm),
+Six groups partition a VLM's parameters: ``vision`` (encoder), ``projector``, ``llm`` (decoder layers and norm),
 ``word_embedding`` (input table) and ``lm_head`` (output table where it is not the input's; a policy acts without it, so
-it is never trained, with conversations neither, and drawn anew only where all is). The released VLM4VLA code freezes
-Qwen's merger with its vision encoder and leaves PaliGemma's projector trained under the same name; here the projector
-is a group of its own for all.
+it is never trained, with conversations neither, and drawn anew only where all is), and ``audio`` (what Gemma 3n and 4
+hear with, treated as the LM head is). The released VLM4VLA code freezes Qwen's merger with its vision encoder and
+leaves PaliGemma's projector trained under the same name; here the projector is a group of its own for all.
 """
 
 from torch import nn
@@ -23,7 +23,7 @@ def groups(vlm: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
 
     word, head = ids(vlm.get_input_embeddings()), ids(vlm.get_output_embeddings())
     llm, vision = ids(vlm.get_decoder()), ids(vlm.get_encoder(modality="image"))
-    result: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*VLM_GROUPS, "lm_head")}
+    result: dict[str, dict[str, nn.Parameter]] = {name: {} for name in (*VLM_GROUPS, "lm_head", "audio")}
     for name, parameter in vlm.named_parameters():
         key = id(parameter)
         if key in word:
@@ -32,6 +32,8 @@ def groups(vlm: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
             group = "lm_head"
         elif key in llm:
             group = "llm"
+        elif "audio" in name:
+            group = "audio"
         elif key in vision and "merger" not in name:
             group = "vision"
         else:
