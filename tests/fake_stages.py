@@ -84,6 +84,9 @@ class Policy(fake_sim.FakePolicy):
         policy.skill = json.loads((folder / "policy.json").read_text())["skill"]
         return policy
 
+    def for_acting(self):
+        return self
+
     def predict(self, observations):
         time.sleep(float(os.environ.get("FAKE_LATENCY", "0")))
         chunks = super().predict(observations)
