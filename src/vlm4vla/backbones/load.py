@@ -1,7 +1,9 @@
 """Opening a VLM by name, and saying plainly what is wrong with a name that cannot be opened."""
 
+import re
 import shlex
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -50,17 +52,32 @@ def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
     return vlm, processor
 
 
+def load_blank(name: str) -> PreTrainedModel:
+    """The fp32 model on the meta device: nothing of its weights is read.
+
+    Raises:
+        UserError: see ``load_config``; a package that the model's classes import is not installed.
+    """
+    config = load_config(name)
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, dtype=torch.float32)
+    except ImportError as error:
+        raise _cannot_open(name, error) from error
+
+
 def load_config(name: str) -> PretrainedConfig:
     """The configuration alone, without weights.
 
     Raises:
-        UserError: no such model, one that this transformers does not know, or one that takes no pictures.
+        UserError: no such model, one that this transformers does not know, one that takes no pictures, or one with an
+            encoder for its text.
     """
     if name == "tiny" and not (tiny.FOLDER / "model.safetensors").is_file():
         raise UserError(f"no weights in {tiny.FOLDER}", "the embedded VLM", "make them: vlm4vla vlm train")
     if "/" not in _source(name) and not Path(name).is_dir():  # transformers would ask the hub for minutes
         raise UserError(
-            f"no backbone {name!r} (nearest: {nearest(name, hub_ids())})",
+            f"no backbone {name!r} (nearest: {_nearest(name)})",
             "`tiny`, a folder, or a hub id (owner/name)",
             "vlm4vla backbones list",
         )
@@ -73,6 +90,12 @@ def load_config(name: str) -> PretrainedConfig:
             f"backbone {name!r} is a {config.model_type!r} model, which takes no pictures with its text",
             EXPECTED,
             "choose a vision-language model: vlm4vla backbones list",
+        )
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"backbone {name!r} is a {config.model_type!r} model, with an encoder for its text and a decoder",
+            "one decoder of text and pictures: the action query is the position after the prompt",
+            "choose another: vlm4vla backbones list",
         )
     return config
 
@@ -96,6 +119,13 @@ def _source(name: str) -> str:
     return str(tiny.FOLDER) if name == "tiny" else name
 
 
+def _nearest(name: str) -> str:
+    """The known models that a name may have meant; neither owner nor case count."""
+    short = {known.rpartition("/")[2].lower(): known for known in hub_ids()}
+    close = get_close_matches(name.rpartition("/")[2].lower(), short, n=3)
+    return ", ".join(short[match] for match in close) or nearest(name, hub_ids())
+
+
 def _mend(name: str) -> str:
     if Path(_source(name)).is_dir():
         return "make or copy that folder again"
@@ -106,7 +136,7 @@ def _mend(name: str) -> str:
 
 def _cannot_open(name: str, error: Exception) -> UserError:
     causes = list(_causes(error))
-    text = (str(error) or type(error).__name__).splitlines()[0]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
     folder = Path(_source(name)).is_dir()
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return UserError(
@@ -116,14 +146,13 @@ def _cannot_open(name: str, error: Exception) -> UserError:
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return UserError(
-            f"no model {name!r} on the hub, or a private one (nearest: {nearest(name, hub_ids())})",
+            f"no model {name!r} on the hub, or a private one (nearest: {_nearest(name)})",
             EXPECTED,
             "vlm4vla backbones list; for a private model: hf auth login",
         )
     if not folder and any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
         return UserError(
-            f"backbone {name!r} is not on this machine, and the hub cannot be reached (nearest: "
-            f"{nearest(name, hub_ids())})",
+            f"backbone {name!r} is not on this machine, and the hub cannot be reached (nearest: {_nearest(name)})",
             "a model in the local cache or in a folder",
             f"where the hub can be reached: hf download {name}; then copy the folder here",
         )
@@ -138,6 +167,12 @@ def _cannot_open(name: str, error: Exception) -> UserError:
             f"backbone {name!r} needs Python code of its own repository, which is never run",
             f"a family that transformers {transformers.__version__} knows",
             "pip install --upgrade transformers, if a newer one has it; else another: vlm4vla backbones list",
+        )
+    if command := re.search(r"pip install [\w-]+", str(error)):
+        return UserError(
+            f"backbone {name!r} needs a package that is not installed ({text})",
+            "the packages that its classes in transformers import",
+            command[0],
         )
     return UserError(f"backbone {name!r}: {text}", EXPECTED, _mend(name))
 

@@ -5,9 +5,8 @@ from transformers import PretrainedConfig
 
 from vlm4vla.backbones.families import Family, family
 from vlm4vla.backbones.inputs import Inputs
-from vlm4vla.backbones.load import load_config, load_processor
+from vlm4vla.backbones.load import load_blank, load_config, load_processor
 from vlm4vla.backbones.treatments import groups
-from vlm4vla.backbones.vlm import auto_class
 
 EXAMPLE = "put the spoon on the towel"
 
@@ -16,14 +15,13 @@ def describe(name: str, image_size: int) -> str:
     """Groups of parameters, prompt, tokens and the place of the query for square pictures of ``image_size`` pixels.
 
     Raises:
-        UserError: see ``load.load_config`` and ``load.load_processor``.
+        UserError: see ``load.load_blank`` and ``load.load_processor``.
     """
     config, processor = load_config(name), load_processor(name)
     row = family(config)
     inputs = Inputs(processor, row)
     tokens = inputs.rows(EXAMPLE, image_size, image_size)
-    with torch.device("meta"):
-        vlm = auto_class(config).from_config(config)
+    vlm = load_blank(name)
     counts = {group: sum(p.numel() for p in part.values()) for group, part in groups(vlm).items()}
     text = config.get_text_config()
     length = len(tokens["input_ids"])

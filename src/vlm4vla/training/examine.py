@@ -17,9 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlm4vla.audit import Audit
 from vlm4vla.backbones import adapters, treatments
 from vlm4vla.backbones.inputs import Processor, Turns
-from vlm4vla.backbones.load import load_config, load_processor
+from vlm4vla.backbones.load import load_blank, load_processor
 from vlm4vla.backbones.show import num_visual_tokens
-from vlm4vla.backbones.vlm import auto_class
 from vlm4vla.policy import VLA, untrained
 from vlm4vla.spec import RunSpec, TreatmentSpec
 
@@ -47,9 +46,8 @@ def examine(spec: RunSpec, image_size: int) -> Audit:
 
 def on_meta(spec: RunSpec, state_size: int = 0) -> tuple[VLA, Processor]:
     """The policy of ``spec`` before its first step, without a number in it."""
-    config, processor = load_config(spec.backbone), load_processor(spec.backbone)
+    vlm, processor = load_blank(spec.backbone), load_processor(spec.backbone)
     with torch.device("meta"):
-        vlm = auto_class(config).from_config(config, dtype=torch.float32)
         return untrained(vlm, processor, spec, state_size), processor
 
 
