@@ -9,9 +9,12 @@ import torch
 
 pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[train]'")
 
+from transformers.utils import is_timm_available
+
 import tiny_families
 from vlm4vla.backbones.check import Check
 from vlm4vla.backbones.families import FAMILIES, family
+from vlm4vla.backbones.inputs import Inputs
 from vlm4vla.backbones.vlm import Backbone, auto_class, save_vlm
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.normalize import Normalizer
@@ -23,14 +26,22 @@ from vlm4vla.types import Observation
 
 SIZE = 64
 """Not the side the families are made for: pictures have to be resized."""
-TWINS = {"idefics3", "glm46v", "llava", "qwen3_vl_untied"}
-"""Nearly another family's code: out of the fast tier."""
+TWINS = {"idefics3", "glm46v", "llava", "qwen2_vl", "qwen3_vl_untied"}
+TWINS |= {name for name, build in tiny_families.FAMILIES.items() if build.__module__ == "more_families"}
+"""Out of the fast tier: nearly another family's code, or nothing but a row."""
+TIMM = pytest.mark.skipif(not is_timm_available(), reason="its vision tower is timm's: make setup, or pip install timm")
 
 
 def each(*, fast: set[str] | None = None) -> list:
     """All families; outside the fast tier those that are not among ``fast``."""
     fast = tiny_families.FAMILIES.keys() - TWINS if fast is None else fast
-    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in tiny_families.FAMILIES]
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name not in fast) + [TIMM] * (name in ("gemma3n", "perception_lm")),
+        )
+        for name in tiny_families.FAMILIES
+    ]
 
 
 def drawn(name: str) -> Backbone:
@@ -82,8 +93,8 @@ def test_weights_that_are_cast_once_give_the_same_actions(name):
 
 def test_every_row_is_tried():
     types = {build()[1].model_type for build in tiny_families.FAMILIES.values()}
-    # Siblings that share all their code with the one that is tried.
-    assert FAMILIES.keys() - types == {"qwen2_vl", "qwen3_5_moe"}
+    # Shares all its code with one that is tried.
+    assert FAMILIES.keys() - types == {"qwen3_5_moe"}
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "llava", "paligemma1"])
@@ -114,9 +125,16 @@ def test_prompts_are_the_papers(name, prompt):
 
 def test_one_tile_a_picture():
     """InternVL makes up to 12 of a picture by itself, SmolVLM and Idefics3 up to 17."""
-    for name, pictures in {"internvl": 1, "smolvlm": 1, "molmo2": 2}.items():  # Molmo: the picture and its one crop
-        pixels = drawn(name).inputs.pixels(torch.zeros(1, 4 * SIZE, 2 * SIZE, 3, dtype=torch.uint8))["pixel_values"]
-        assert pixels.flatten(0, -4 if name != "molmo2" else -3).shape[0] == pictures, name
+    picture = torch.zeros(1, 4 * SIZE, 2 * SIZE, 3, dtype=torch.uint8)
+
+    def made(name):
+        processor, config = tiny_families.FAMILIES[name]()
+        return Inputs(processor, family(config)).pixels(picture)
+
+    for name in ("internvl", "smolvlm", "idefics2", "cohere2_vision", "aya_vision", "ovis2"):
+        assert made(name)["pixel_values"].flatten(0, -4).shape[0] == 1, name
+    assert len(made("lfm2_vl")["spatial_shapes"]) == len(made("minicpmv4_6")["target_sizes"]) == 1
+    assert len(made("molmo2")["pixel_values"]) == 2  # the picture and its one crop
 
 
 def test_an_instruction_is_tokenised_once_and_pictures_stay_uint8(monkeypatch):

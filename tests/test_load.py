@@ -10,13 +10,13 @@ import torch
 from click.testing import CliRunner
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlavaModel
 
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import Family
 from vlm4vla.backbones.inputs import Inputs
-from vlm4vla.backbones.load import load_config, load_processor, load_vlm
-from vlm4vla.backbones.vlm import save_vlm
+from vlm4vla.backbones.load import load_blank, load_config, load_processor, load_vlm
+from vlm4vla.backbones.vlm import Backbone, save_vlm
 from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
 from vlm4vla.skills.questions import words
@@ -71,6 +71,40 @@ def test_a_text_only_model_is_no_backbone(tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="takes no pictures"):
         load_vlm(str(tmp_path))
+
+
+def test_an_encoder_for_the_text_is_no_backbone(tmp_path):
+    AutoConfig.for_model("florence2").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'florence2' model, with an encoder for its text"):
+        load_config(str(tmp_path))
+
+
+def test_a_package_that_a_family_needs_is_named(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise ImportError("\nIts tower requires the timm library. You can install it with pip:\n`pip install timm`.")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_config", refuse)
+    with pytest.raises(UserError, match=r"Its tower requires the timm library.*\n.*\nnext: pip install timm$"):
+        load_blank(str(folder))
+
+
+def test_a_class_without_a_model_below_its_lm_head_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama4", text_config=sizes | {"vocab_size": 32, "head_dim": 8}, vision_config=sizes)
+    with torch.device("meta"):
+        vlm = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UserError, match="Llama4ForConditionalGeneration, whose LM head is within"):
+        Backbone(vlm, None)
+
+
+def test_a_model_that_takes_no_picture_the_common_way_is_said_to_in_one_line(folder, monkeypatch):
+    def forward(*_, **__):
+        raise TypeError("forward() missing 1 required argument: 'pixels'\nand more")
+
+    monkeypatch.setattr(LlavaModel, "forward", forward)
+    checked = run("check", str(folder), "--image-size", "96", "--device", "cpu")
+    assert isinstance(checked.exception, UserError)
+    assert "(TypeError: forward() missing 1 required argument: 'pixels')" in str(checked.exception)
 
 
 def test_a_family_newer_than_transformers_is_named(folder):

@@ -5,42 +5,35 @@ own. The tokenizer is 256 bytes and the family's special tokens; it adds a bos t
 on the left. The chat template writes the family's wire format.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
+import more_families  # noqa: F401 (its families are in FAMILIES as well)
+from tiny_models import (
+    CHATML,
+    FAMILIES,
+    GEMMA,
+    LINEAR,
+    LLAMA,
+    PATCHED,
+    PATCHES,
+    SIDE,
+    SIGLIP,
+    SQUARE,
+    VISION,
+    Family,
+    chatml,
+    config,
+    family,
+    gemma_template,
+    rope,
+    template,
+    tokenizer,
+)
 from vlm4vla.backbones.vlm import auto_class
-
-SIDE = 56
-"""Pixels of a picture's side: 4 x 4 patches of 14."""
-PATCHES = 16
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-PATCHED = {**VISION, "patch_size": 14, "image_size": SIDE}
-SIGLIP = {"model_type": "siglip_vision_model", **PATCHED, "vision_use_head": False}
-SQUARE = {"height": SIDE, "width": SIDE}
-CHATML = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-Family = tuple[Any, Any]
-FAMILIES: dict[str, Callable[[], Family]] = {}
-
-
-def family(build: Callable[[], Family]) -> Callable[[], Family]:
-    FAMILIES[build.__name__] = build
-    return build
 
 
 def draw(name: str, seed: int = 0) -> tuple[Any, Any]:
@@ -53,55 +46,6 @@ def draw(name: str, seed: int = 0) -> tuple[Any, Any]:
             if parameter.ndim > 1:  # Gemma's projector is zero at first, and others hardly let a signal through
                 parameter.normal_(0, 0.1) if not parameter.any() else parameter.mul_(3)
     return vlm.eval(), processor
-
-
-# ------------------------------------------------------------------------------------------------------------ tokenizer
-
-
-def tokenizer(template: str | None, *more: str, add_bos: bool = False, named: dict[str, str], **special: str) -> Any:
-    """256 bytes and special tokens; ``named`` become attributes (``image_token``)."""
-    tokens = list(dict.fromkeys([*special.values(), *named.values(), *more]))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    if add_bos:
-        bos = special["bos_token"]
-        bytes_only.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, bytes_only.token_to_id(bos))]
-        )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, extra_special_tokens=named, padding_side="left", **special
-    )
-    made.chat_template = template
-    return made
-
-
-def template(turn: str, image: str, end: str, answer: str, start: str = "") -> str:
-    """A chat template: ``start``, then turns of ``turn`` (which may name ``message.role``), their parts, ``end``."""
-    return (
-        start
-        + "{%- for message in messages %}{{ "
-        + turn
-        + " }}{%- for part in message.content %}{%- if part.type == 'image' %}"
-        + image
-        + "{%- else %}{{ part.text }}{%- endif %}{%- endfor %}{{ '"
-        + end
-        + "' }}{%- endfor %}{%- if add_generation_prompt %}{{ '"
-        + answer
-        + "' }}{%- endif %}"
-    )
-
-
-def chatml(image: str, answer: str = "<|im_start|>assistant\\n") -> str:
-    return template("'<|im_start|>' + message.role + '\\n'", image, "<|im_end|>\\n", answer)
-
-
-def config(model_type: str, words: Any, text: dict, vision: dict, **more: Any) -> Any:
-    """A configuration whose LLM is of the common size, with a few words more than its tokenizer."""
-    text = {**TEXT, "vocab_size": len(words) + 16, **text}
-    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **more)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Qwen
@@ -142,14 +86,15 @@ def qwen(model_type: str, words: Any, patch: int, text: dict, vision: dict, tie:
     return kind(images, words, videos, chat_template=words.chat_template), made
 
 
-def rope(*sections: int, interleaved: bool = True, **more: float) -> dict:
-    values = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
-    return {"rope_parameters": values | ({"mrope_interleaved": True} if interleaved else {})}
-
-
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VISION_3 = {"depth": 3, "num_position_embeddings": 64}
 DEEPSTACK = {**VISION_3, "deepstack_visual_indexes": [0, 1]}
+
+
+@family
+def qwen2_vl() -> Family:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    return qwen("qwen2_vl", qwen_tokenizer(), 14, rope(2, 3, 3, interleaved=False), vision)
 
 
 @family
@@ -177,16 +122,8 @@ def qwen3_vl_moe() -> Family:
 
 @family
 def qwen3_5() -> Family:
-    linear = {
-        "num_hidden_layers": 4,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
     words = qwen_tokenizer("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
-    return qwen("qwen3_5", words, 16, linear | rope(1, 1, 0, partial_rotary_factor=0.25), VISION_3)
+    return qwen("qwen3_5", words, 16, LINEAR | rope(1, 1, 0, partial_rotary_factor=0.25), VISION_3)
 
 
 # ------------------------------------------------------------------------------------------------- PaliGemma and Gemma
@@ -218,11 +155,6 @@ def paligemma1() -> Family:
 def paligemma2() -> Family:
     softcap = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     return paligemma(model_type="gemma2", query_pre_attn_scalar=16, sliding_window=4096, **softcap)
-
-
-def gemma_template(opens: str, closes: str, image: str) -> str:
-    turn = f"'{opens}' + message.role + '\\n'"
-    return template(turn, image, f"{closes}\\n", f"{opens}model\\n", start="{{ bos_token }}")
 
 
 @family
@@ -267,6 +199,7 @@ def gemma4() -> Family:
         {
             "num_hidden_layers": 4,
             "vocab_size_per_layer_input": len(words) + 16,
+            "pad_token_id": words.pad_token_id,
             "hidden_size_per_layer_input": 8,
             "sliding_window": 64,
             "global_head_dim": 16,

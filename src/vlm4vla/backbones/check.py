@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm4vla.backbones.treatments import groups
 from vlm4vla.backbones.vlm import Backbone, auto_class, save_vlm
+from vlm4vla.errors import UserError
 from vlm4vla.spec import VLM_GROUPS
 
 TEXTS = (
@@ -61,8 +64,15 @@ class Check:
             rows = backbone.vlm.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=self.device))
             spread = rows.std() / backbone.scale  # a query as large as a word
             backbone.query.copy_(torch.randn(backbone.query.shape, generator=self.generator) * spread.cpu())
-            self.inputs = self.encode(self.images, TEXTS)
-            self.hidden = backbone(self.inputs)
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        return self.encode(self.images, TEXTS)
+
+    @cached_property
+    @torch.no_grad()
+    def hidden(self) -> Tensor:
+        return self.backbone(self.inputs)
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +82,22 @@ class Check:
         return {name: value.to(self.device) for name, value in self.backbone.encode(images, texts).items()}
 
     def run(self, forward_only: bool = False) -> Iterator[Finding]:
-        """One finding after another; a check that raises has failed, and the others go on."""
+        """One finding after another; a check that raises has failed, and the others go on.
+
+        Raises:
+            UserError: no picture and text get through the processor and the model.
+        """
+        try:
+            _ = self.hidden
+        except UserError:
+            raise
+        except Exception as error:  # of whatever kind: transformers is asked to do something new
+            name = type(self.backbone.vlm).__name__
+            raise UserError(
+                f"{name}, which does not take a picture and a text the common way ({_said(error)})",
+                "a decoder that reads projected pictures among its tokens",
+                "choose another: vlm4vla backbones list; docs/backbones.md says how a family gets a row",
+            ) from error
         checks: list[Callable[[], tuple[bool, str]]] = [
             self.inputs_are_the_processors,
             self.alone_or_in_a_batch,
@@ -85,8 +110,8 @@ class Check:
         for check in checks + ([] if forward_only else [self.memorises]):
             try:
                 ok, detail = check()
-            except Exception as error:  # of whatever kind: transformers is asked to do something new
-                ok, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            except Exception as error:  # of whatever kind
+                ok, detail = False, _said(error)
             yield Finding(check.__name__.replace("_", " "), ok, detail)
 
     def inputs_are_the_processors(self) -> tuple[bool, str]:
@@ -128,9 +153,9 @@ class Check:
         """The hidden state is that of the model's plain forward pass, had the query been a word of its vocabulary."""
         ids, position = self.inputs["input_ids"].clone(), self.inputs["query_position"]
         rows = torch.arange(len(ids), device=self.device)
-        table = list(self.backbone.vlm.get_input_embeddings().parameters())
-        used = set(ids.flatten().tolist())
-        word = next(i for i in reversed(range(sum(len(part) for part in table))) if i not in used)
+        # One of the first: the last rows of some vocabularies are sounds' and pictures' (Gemma 3n).
+        used = {*ids.flatten().tolist(), *self.backbone.processor.tokenizer.all_special_ids}
+        word = next(i for i in count() if i not in used)
         last = ids[rows, position]
         ids[rows, position] = word
         inputs = {name: value for name, value in self.inputs.items() if name not in OURS}
@@ -223,6 +248,10 @@ class Check:
         return difference <= TOLERANCE, f"differs by {difference:.1e} at most (allowed: {TOLERANCE:.0e})"
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
 def mask(inputs: dict[str, Tensor]) -> Tensor:
     """int64 (B, L): 1 on the prompts and their queries, 0 on the padding after them."""
     places = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
@@ -260,10 +289,8 @@ def _stock_attention(backbone: Backbone) -> Iterator[None]:
 @contextmanager
 def _word_is(backbone: Backbone, word: int, last: Tensor) -> Iterator[None]:
     """For a while, the embedding of ``word`` is the query. ``last`` (B,): the ids of the prompts' last tokens."""
-    tables, row = list(backbone.vlm.get_input_embeddings().parameters()), word
-    while row >= len(tables[0]):  # Molmo keeps its added tokens in a table of their own
-        row -= len(tables.pop(0))
-    changes = [(tables[0], row, backbone.query)]
+    table = next(backbone.vlm.get_input_embeddings().parameters())  # Molmo has one more, of its added tokens
+    changes = [(table, word, backbone.query)]
     # Gemma's layers look the ids up once more, in tables of their own: there the query is the prompt's last token.
     if (layers := getattr(backbone.vlm.get_decoder(), "embed_tokens_per_layer", None)) is not None:
         changes.append((layers.weight, word, layers.weight[last[0]]))

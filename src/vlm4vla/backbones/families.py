@@ -66,6 +66,17 @@ FAMILIES: dict[str, Family] = {
     "glm46v": Family("GLM-4.6V", ("zai-org/GLM-4.6V-Flash",)),
     "mistral3": Family("Mistral 3", ("mistralai/Mistral-Small-3.1-24B-Instruct-2503",)),
     "molmo2": Family("Molmo2", ("allenai/Molmo2-8B",), images={"max_crops": 1}),
+    "lfm2_vl": Family("LFM2-VL", ("LiquidAI/LFM2-VL-1.6B",), images={"do_image_splitting": False}),
+    "gemma3n": Family("Gemma 3n", ("google/gemma-3n-E2B-it", "google/gemma-3n-E4B-it")),
+    "llava_next": Family("LLaVA-NeXT", ("llava-hf/llava-v1.6-mistral-7b-hf",)),
+    "perception_lm": Family("Perception LM", ("facebook/Perception-LM-1B",), images={"vision_input_type": "vanilla"}),
+    "idefics2": Family("Idefics2", ("HuggingFaceM4/idefics2-8b",), images={"do_image_splitting": False}),
+    "cohere2_vision": Family(
+        "Command A Vision", ("CohereLabs/command-a-vision-07-2025",), images={"crop_to_patches": False}
+    ),
+    "aya_vision": Family("Aya Vision", ("CohereLabs/aya-vision-8b",), images={"crop_to_patches": False}),
+    "ovis2": Family("Ovis2", ("thisisiron/Ovis2-1B-hf",), images={"crop_to_patches": False}),
+    "minicpmv4_6": Family("MiniCPM-V 4.6", ("openbmb/MiniCPM-V-4.6",), images={"slice_mode": False}),
 }
 """``model_type`` of the configuration -> row."""
 EMBEDDED = Family("the embedded VLM", ("tiny",), embedded=True)

@@ -5,7 +5,7 @@ pictures are resized and normalised in batches by the model's own image processo
 Together they are what the whole processor would have made (``backbones.check`` compares them).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from typing import Any
@@ -29,7 +29,7 @@ Turns = tuple[tuple[str, str], ...]
 """Role (system, user, assistant) and text; user and assistant in turn."""
 Positions = Callable[..., tuple[Tensor, Tensor]]
 """``get_rope_index`` of a model with several position axes: ids, types and picture sizes -> (axes, B, L)."""
-SIZES = ("_grid_thw", "image_sizes", "batch_num_images")
+SIZES = ("_grid_thw", "image_sizes", "batch_num_images", "spatial_shapes", "target_sizes")
 """Endings of the names of what a processor says of pictures' sizes and number: models read that one by one, and would
 wait for a device each time."""
 TEXTS_KEPT = 1 << 14
@@ -67,7 +67,7 @@ class Inputs:
         self, processor: Processor, family: Family, compat: Sequence[Compat] = (), positions: Positions | None = None
     ):
         """Raises: UserError: there is no way to put a picture into the prompt."""
-        self.processor, self.family, self.positions = processor, family, positions
+        self.processor, self.family, self.positions = _pinned(processor, family.images), family, positions
         # VLM4VLA's release enlarges what Qwen and InternVL see, so that its 224 px become 256 visual tokens.
         self.side = 448 if "upsample_448" in compat else None
         self.rows = lru_cache(TEXTS_KEPT)(self._row)
@@ -158,7 +158,7 @@ class Inputs:
         written = {"add_special_tokens": False} if bos and self.family.plain is None and text[0].startswith(bos) else {}
         made = (processor or self.processor)(
             text=list(text),
-            images=[[image] for image in images],
+            images=[[Image.fromarray(image)] for image in images],  # Idefics2's takes no arrays
             return_tensors="pt",
             text_kwargs={"padding": True, **written},
             images_kwargs=dict(self.family.images),
@@ -212,11 +212,12 @@ class Inputs:
             pictures = images.cpu().numpy()
         images_only: Any = self.processor.image_processor
         made = images_only([[picture] for picture in pictures], **options)
-        return {
-            name: value.cpu() if name.endswith(SIZES) else value.to(images.device)
+        made = {
+            name: value.float() if value.is_floating_point() else value  # Llama 4's are bfloat16
             for name, value in made.items()
             if name in self.image_names
         }
+        return {name: value.cpu() if name.endswith(SIZES) else value.to(images.device) for name, value in made.items()}
 
     def picture_device(self, device: torch.device) -> torch.device:
         """Where pictures are prepared for a model on ``device``: there, except with a Lanczos filter.
@@ -296,6 +297,17 @@ class Remembering:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+def _pinned(processor: Processor, options: Mapping[str, Any]) -> Processor:
+    """A copy of the processor, whose image processor has these settings for its own: Idefics2 reads there
+    how many tiles the text is about, whatever it is called with. The model's own processor stays as it is."""
+    if options:
+        processor = copy(processor)
+        processor.image_processor = copy(processor.image_processor)
+        for name, value in options.items():
+            setattr(processor.image_processor, name, value)
+    return processor
 
 
 def _require_image(processor: Processor) -> None:

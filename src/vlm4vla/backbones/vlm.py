@@ -49,8 +49,15 @@ class Backbone(nn.Module):
         compat: Sequence[Compat] = (),
         query_init: QueryInit = "zero",
     ):
+        """Raises: UserError: the model cannot be read below its LM head, or takes no picture in its prompt."""
         super().__init__()
         self.vlm = vlm
+        if self.core is vlm and vlm.get_output_embeddings() is not None:
+            raise UserError(
+                f"{type(vlm).__name__}, whose LM head is within the model that takes pictures",
+                "a class with a model below its LM head: what a policy reads is the state before it",
+                "choose another backbone: vlm4vla backbones list",
+            )
         self.processor = processor
         self.inputs = Inputs(processor, family(vlm.config), compat, getattr(self.core, "get_rope_index", None))
         self.packed = packed_vision(vlm)
@@ -109,7 +116,8 @@ class Backbone(nn.Module):
         labels, kept = inputs.pop("labels"), inputs.pop("kept")
         inputs |= self._seen(inputs.pop("images"))
         # Logits of all positions would be large: a vocabulary for each token of each picture.
-        logits = self.vlm(**inputs, use_cache=False, logits_to_keep=kept).logits.float()
+        logits = self.vlm(**inputs, use_cache=False, logits_to_keep=kept).logits
+        logits = (logits if logits.shape[1] == len(kept) else logits[:, kept]).float()  # MiniCPM-V keeps all
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, kept + 1], ignore_index=-100, reduction="none")
         return losses.sum(1)
 
