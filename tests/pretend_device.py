@@ -10,10 +10,13 @@ from collections import Counter
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+import vlm4vla
 
 
 class Backend(_DummyBackendModule):
@@ -99,7 +102,7 @@ class Pretend(TorchDispatchMode):
 
 def _place() -> tuple[str, str]:
     for frame in reversed(traceback.extract_stack()):
-        for package in ("transformers", "vlm4vla"):
-            if f"/{package}/" in frame.filename:
-                return package, f"{frame.filename.rsplit('/', 1)[1]}: {frame.line}"
+        for package in (transformers, vlm4vla):
+            if frame.filename.startswith(f"{package.__path__[0]}/"):
+                return package.__name__, f"{frame.filename.rsplit('/', 1)[1]}: {frame.line}"
     return "", ""
