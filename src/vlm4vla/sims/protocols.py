@@ -132,16 +132,17 @@ def _calvin() -> list[Protocol]:
 
 
 def _simpler() -> list[Protocol]:
-    """``simpler_bridge/{ms2 or ms3}/{task}/v1``, judged at the last step, on ManiSkill2_real2sim (as published numbers
-    are) or ManiSkill 3; ``.../{task}/any/v1``, ended by the first success; ``.../{task}/sticky/v1``, judged at the last
-    step with the gripper of VLM4VLA's release, which opens from the second action in a row that asks for it (also at an
-    episode's start: its first step closes)."""
+    """``simpler_bridge/ms2/{task}/v1``, judged at the last step, on ManiSkill2_real2sim as published numbers are, and
+    ``simpler_bridge/ms3/{task}/v2`` on ManiSkill 3 (v1 moved and started otherwise than SimplerEnv);
+    ``.../{task}/any/...``, ended by the first success; ``.../{task}/sticky/...``, judged at the last step with the
+    gripper of VLM4VLA's release, which opens from the second action in a row that asks for it (also at an episode's
+    start: its first step closes)."""
     last = "the object is on its target after the last step (carrot, stack: and touches nothing else)"
     any_step = "the object is on its target after any step (carrot, stack: and touches nothing else), which ends it"
     variants = (("", "last", last, None), ("any/", "any", any_step, None), ("sticky/", "last", last, 2))
     return [
         Protocol(
-            name=f"simpler_bridge/{simulator}/{name}/{variant}v1",
+            name=f"simpler_bridge/{simulator}/{name}/{variant}{version}",
             sim=sim,
             sim_args={"task": name, "success": success},
             first_seed=0,
@@ -152,7 +153,7 @@ def _simpler() -> list[Protocol]:
             image="640 x 480 over the photograph, bicubic to the policy's square",
             open_after=open_after,
         )
-        for simulator, sim in (("ms3", "simpler"), ("ms2", "simpler_ms2"))
+        for simulator, sim, version in (("ms3", "simpler", "v2"), ("ms2", "simpler_ms2", "v1"))
         for name, task in bridge.TASKS.items()
         for variant, success, rule, open_after in variants
     ]

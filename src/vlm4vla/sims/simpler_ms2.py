@@ -3,8 +3,7 @@
 Success, grasps, settings (``prepackaged_config``: robot and camera, 5 Hz over 500 Hz, photograph, robot's place) and
 episodes are its own code, untouched. Non-obvious behaviours, beside those of ``sims/bridge.py``:
 - The rule is asked for once a step: asking counts the steps of a grasp.
-- Objects fall onto the table and settle before an episode, so its first state is the physics engine's (ManiSkill 3 has
-  the settled poses written down).
+- Objects fall onto the table and settle before an episode, so its first state is the physics engine's.
 - It is no package but a clone, with robots, objects and photographs in it; sapien 2.2.2 wants Python 3.11 or older and
   numpy below 2. No torch.
 - Rendering needs Vulkan with ``VK_KHR_external_semaphore_fd``: a GPU's driver has it, Mesa's lavapipe (25.0.7) has not.
@@ -80,7 +79,7 @@ def _renderer() -> Any:
         raise UserError(
             f"no Vulkan for sapien 2: {error}",
             "a GPU and its Vulkan driver (Mesa's software driver lacks VK_KHR_external_semaphore_fd)",
-            "a machine with a GPU, or the same task on ManiSkill 3: simpler_bridge/ms3/carrot/v1",
+            "a machine with a GPU, or the same task on ManiSkill 3: simpler_bridge/ms3/carrot/v2",
         ) from error
 
 
