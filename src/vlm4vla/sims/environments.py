@@ -162,8 +162,11 @@ def setup(name: str, *, assets: Path | None, fetch: bool, python: str | None, sa
     environment, target = ENVIRONMENTS[name], folder(name)
     if assets:  # before anything is touched: a finished environment outlives a mistyped name
         _check_assets(name, assets)
-    if python:
-        _fit(name, python)
+    new = not _python(target).exists()
+    if python or new:
+        _fit(name, python or sys.executable)
+    if new and not (assets or fetch):
+        raise _no_assets(name)
     with locked(target / "lock", f"environment of {name}"):
         (target / "ready.json").unlink(missing_ok=True)
         _build(name, target, python, say)
@@ -215,19 +218,9 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
     fetched = folder(name) / "assets"
     if given is None and link.is_dir() and _wanted(name, _revision(link.resolve())):
         return link.resolve()
-    if given is None and environment.source is None:
-        raise UserError(
-            f"no assets for {name}, which cannot be fetched from one place",
-            f"a folder with {', '.join(environment.must_hold)} ({environment.size}; licence: {environment.licence})",
-            f"vlm4vla sims setup {name} --assets FOLDER   (docs/evaluation.md says how to get them)",
-        )
-    if given is None and not fetch:
-        raise UserError(
-            f"no assets for {name}",
-            f"a copy of {environment.source} ({environment.size}; licence: {environment.licence})",
-            f"vlm4vla sims setup {name} --assets FOLDER, or let it be fetched: vlm4vla sims setup {name} --fetch",
-        )
-    if given is None and environment.source is not None:
+    if given is None:
+        if environment.source is None or not fetch:
+            raise _no_assets(name)
         say(f"fetching {environment.source} ({environment.size}; licence: {environment.licence})")
         link.unlink(missing_ok=True)  # half-fetched assets are not taken for whole ones
         try:
@@ -239,9 +232,23 @@ def _assets(name: str, given: Path | None, link: Path, fetch: bool, say: Say) ->
                 f"run it again (it continues), or bring a copy: vlm4vla sims setup {name} --assets FOLDER",
             ) from error
         given = fetched
-    assert given is not None
     _check_assets(name, given)
     return given
+
+
+def _no_assets(name: str) -> UserError:
+    environment = ENVIRONMENTS[name]
+    if environment.source is None:
+        return UserError(
+            f"no assets for {name}, which cannot be fetched from one place",
+            f"a folder with {', '.join(environment.must_hold)} ({environment.size}; licence: {environment.licence})",
+            f"vlm4vla sims setup {name} --assets FOLDER   (docs/evaluation.md says how to get them)",
+        )
+    return UserError(
+        f"no assets for {name}",
+        f"a copy of {environment.source} ({environment.size}; licence: {environment.licence})",
+        f"vlm4vla sims setup {name} --assets FOLDER, or let it be fetched: vlm4vla sims setup {name} --fetch",
+    )
 
 
 def _check_assets(name: str, given: Path) -> None:
