@@ -263,6 +263,7 @@ def test_each_group_has_its_own_learning_rate():
         ({"vision": {"mode": "frozen", "learning_rate": 1}}, "a learning rate for frozen parameters"),
         ({"word_embedding": "lora"}, "adapters are for linear layers"),
         ({"name": "full", "vision": "frozen"}, "the name of another treatment"),
+        (dict.fromkeys([*VLM_GROUPS, "head"], "frozen"), "nothing would be trained"),
         ({"head": "scratch"}, r"treatment\.head\.mode: Input should be"),
     ],
 )

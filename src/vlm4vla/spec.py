@@ -215,6 +215,8 @@ class TreatmentSpec(Strict):
     def _possible(self) -> "TreatmentSpec":
         if self.word_embedding.mode == "lora":
             raise ValueError("adapters are for linear layers: train or freeze word_embedding")
+        if {self.head.mode, *(group.mode for group in self.groups().values())} == {"frozen"}:
+            raise ValueError("every group is frozen, so nothing would be trained: leave the head trained at least")
         if self.name in TREATMENTS and self != TREATMENTS[self.name]:
             raise ValueError(f"{self.name!r} is the name of another treatment")
         return self

@@ -39,7 +39,7 @@ from vlm4vla.types import Observation
 
 STDERR_TAIL = 4000
 """Bytes of a worker's stderr that a fault message quotes."""
-PIPE_BYTES = 1 << 20
+PIPE_BYTES = 1 << 18
 """Wanted of a pipe: a picture crosses in one piece then, and not in 64 KiB ones between which processes take turns."""
 POLITE_EXIT_S = 2.0
 BOOTSTRAP = """

@@ -61,7 +61,7 @@ def train(
         cache=cache,
     )
     folder = data_folder or (Path(spec.data.folder) if spec.data.folder else None)
-    if dry_run and not (folder and folder.is_dir()):
+    if dry_run and data_folder is None and not (folder and folder.is_dir()):
         _dry_run(spec, how, None)
         return
     if folder is None:
