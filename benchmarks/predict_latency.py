@@ -123,9 +123,9 @@ def main() -> None:
     actions = rng.normal(size=(100, 7)).astype(np.float32)
     actions[:, -1] = actions[:, -1] > 0
     policy = drawn(spec, actions, options.image_size, device).for_acting()
-    policy.vla.eval()
-    fast = drawn(spec, actions, options.image_size, device).for_acting()
-    fast.vla.eval()
+    fast = drawn(spec, actions, options.image_size, device).for_acting() if options.compile else policy
+    for each in (policy, fast):
+        each.vla.eval()
     print(f"{options.backbone}, {options.image_size} px, {options.precision}, {device}; milliseconds")
     for batch in options.batches:
         images = rng.integers(0, 256, (batch, options.image_size, options.image_size, 3), np.uint8)

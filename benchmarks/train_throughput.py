@@ -15,15 +15,14 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from vlm4vla.backbones.check import stock_attention
 from vlm4vla.backbones.load import load_config, load_processor
-from vlm4vla.backbones.vlm import Backbone, auto_class
+from vlm4vla.backbones.vlm import auto_class
 from vlm4vla.convention import Convention
 from vlm4vla.data.lerobot import Dataset
 from vlm4vla.data.normalize import Normalizer
@@ -64,20 +63,6 @@ def drawn(spec: RunSpec, actions: np.ndarray, image_size: int, device: torch.dev
     return Policy(vla, spec, CONVENTION, Normalizer.fit(actions), None, image_size, {})
 
 
-@contextmanager
-def stock(backbone: Backbone) -> Iterator[None]:
-    """The vision tower with transformers' own attention for a while."""
-    if backbone.packed is None:
-        yield
-        return
-    config = backbone.packed.tower.config
-    ours, config._attn_implementation = config._attn_implementation, "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = ours
-
-
 class Plain(torch.nn.Module):
     """The whole model, its last hidden state at the last token of each prompt, the head."""
 
@@ -86,7 +71,7 @@ class Plain(torch.nn.Module):
         self.vla = vla
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        with stock(self.vla.backbone):
+        with stock_attention(self.vla.backbone):
             output = self.vla.backbone.vlm(**inputs, output_hidden_states=True)
         states = output.hidden_states if output.hidden_states is not None else [output.last_hidden_state]
         last = inputs["attention_mask"].sum(1) - 1

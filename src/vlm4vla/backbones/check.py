@@ -164,7 +164,7 @@ class Check:
             "attention_mask": mask(self.inputs),
             **self.backbone.inputs.pixels(self.inputs["images"]),
         }
-        with _word_is(self.backbone, word, last), _stock_attention(self.backbone):
+        with _word_is(self.backbone, word, last), stock_attention(self.backbone):
             hidden = self.backbone.core(**inputs, use_cache=False).last_hidden_state[rows, position]
         return self._close(hidden.float(), self.hidden)
 
@@ -273,7 +273,7 @@ def padded_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _stock_attention(backbone: Backbone) -> Iterator[None]:
+def stock_attention(backbone: Backbone) -> Iterator[None]:
     """For a while, a packed vision tower runs as transformers would run it."""
     if backbone.packed is None:
         yield
