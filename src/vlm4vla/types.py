@@ -7,6 +7,9 @@ import numpy as np
 
 from vlm4vla.convention import Convention
 
+Turns = tuple[tuple[str, str], ...]
+"""A conversation: role (system, user, assistant) and text; user and assistant in turn."""
+
 
 @dataclass(frozen=True)
 class Observation:

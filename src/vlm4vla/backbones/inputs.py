@@ -22,11 +22,10 @@ from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import QUESTION, Family
 from vlm4vla.errors import UserError
 from vlm4vla.spec import Compat
+from vlm4vla.types import Turns
 
 Processor = Any
 """A transformers processor; their call signatures are only known at run time."""
-Turns = tuple[tuple[str, str], ...]
-"""Role (system, user, assistant) and text; user and assistant in turn."""
 Positions = Callable[..., tuple[Tensor, Tensor]]
 """``get_rope_index`` of a model with several position axes: ids, types and picture sizes -> (axes, B, L)."""
 SIZES = ("_grid_thw", "image_sizes", "batch_num_images", "spatial_shapes", "target_sizes")

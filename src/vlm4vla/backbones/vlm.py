@@ -20,10 +20,11 @@ from transformers import AutoModel, AutoModelForImageTextToText, PretrainedConfi
 from transformers.utils import logging
 
 from vlm4vla.backbones.families import family
-from vlm4vla.backbones.inputs import Inputs, Processor, Turns
+from vlm4vla.backbones.inputs import Inputs, Processor
 from vlm4vla.backbones.packed_vision import packed_vision
 from vlm4vla.errors import UserError
 from vlm4vla.spec import Compat, QueryInit
+from vlm4vla.types import Turns
 
 # One bar a job is enough: ours.
 logging.disable_progress_bar()

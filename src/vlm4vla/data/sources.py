@@ -17,9 +17,10 @@ from vlm4vla import spec
 from vlm4vla.convention import check_same
 from vlm4vla.data.cache import pictures
 from vlm4vla.data.lerobot import Dataset
-from vlm4vla.data.vqa import Conversations, Turns
+from vlm4vla.data.vqa import Conversations
 from vlm4vla.errors import UserError
 from vlm4vla.pictures import resized
+from vlm4vla.types import Turns
 
 DECODERS = 4
 """Threads that read the pictures of a batch's conversations."""

@@ -21,16 +21,13 @@ from PIL import Image
 
 from vlm4vla.errors import UserError
 from vlm4vla.files import stays_inside
+from vlm4vla.types import Turns
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE = "<image>"
 """Where the picture stands in LLaVA's text; the model's own template puts it there."""
 PLACEHOLDER = re.compile(rf"\s*{IMAGE}\s*")
 FORM = '{"image": "a.png", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}'
-
-
-Turns = tuple[tuple[str, str], ...]
-"""Role (system, user, assistant) and text: user and assistant in turn, ending with the assistant."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Conversation:
     images: tuple[np.ndarray, ...]
     """uint8 (height, width, 3) each; none for text alone."""
     turns: Turns
+    """Ending with the assistant."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm4vla.audit import Audit
 from vlm4vla.backbones import adapters, treatments
-from vlm4vla.backbones.inputs import Processor, Turns
+from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_blank, load_processor
 from vlm4vla.backbones.show import num_visual_tokens
 from vlm4vla.policy import VLA, untrained
 from vlm4vla.spec import RunSpec, TreatmentSpec
+from vlm4vla.types import Turns
 
 INSTRUCTION = "pick up the red block and place it on the table"
 """Shown in the audit, and what sizes are counted with."""
