@@ -124,7 +124,7 @@ class Stopwatch:
 
     def read(self, episodes: int) -> dict[str, float]:
         wall, cpu = time.perf_counter() - self._wall, self._spent() - self._cpu
-        return {"seconds_per_episode": round(wall / episodes, 4), "cpu_s_per_episode": round(cpu / episodes, 4)}
+        return {"seconds_per_episode": wall / episodes, "cpu_s_per_episode": cpu / episodes}
 
 
 def ours(policy: Still, named: Protocol, episodes: int, image_size: int, workers: int) -> list:
@@ -137,49 +137,61 @@ def ours(policy: Still, named: Protocol, episodes: int, image_size: int, workers
         )
 
 
-def compare(options: argparse.Namespace) -> dict:
-    named, latency_s = protocol(options.protocol), options.latency_ms / 1000
-    table: dict[str, dict] = {}
-    watch = Stopwatch()
-    # In the simulator's own interpreter, where that is another one: there plain loops live.
-    arguments = [a for a in sys.argv[1:] if a != "--plain"]
+def run_plain(sim: str) -> list[tuple[bool, int]]:
+    """``plain`` in a process of its own: in the simulator's interpreter, where that is another one."""
     path = os.pathsep.join([str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [interpreter(named.sim), str(HERE), "--plain", *arguments],
+        [interpreter(sim), str(HERE), "--plain", *sys.argv[1:]],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         check=True,
     )
-    table["plain"] = watch.read(options.episodes)
-    reference = [tuple(end) for end in json.loads(done.stdout.splitlines()[-1])]
+    return [tuple(end) for end in json.loads(done.stdout.splitlines()[-1])]
+
+
+def spread(values: list[float]) -> str:
+    """Median, smallest and largest over the rounds."""
+    return f"{np.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
+
+
+def compare(options: argparse.Namespace) -> dict:
+    named, cores = protocol(options.protocol), len(os.sched_getaffinity(0))
     convention = LIBERO if named.sim == "libero" else make(named.sim, **named.sim_args).convention
-    overhead, work, spent = 0.0, 0.0, {}
-    for workers in options.workers:
-        watch = Stopwatch()
-        policy = Still(convention, latency_s, named.execute)
-        results = ours(policy, named, options.episodes, options.image_size, workers)
-        table[f"{workers} workers"] = watch.read(options.episodes)
-        assert [(r.success, r.steps) for r in results] == reference, "both loops must do the same"
-        if workers == 1:
-            spent = {part: round(sum(r.timings[part] for r in results), 3) for part in results[0].timings}
-            work = spent["sim"] + spent["render"] + spent["infer"]
-            overhead = 1 - work / spent["wall"]
-        if spent:
-            floor = work / options.episodes / min(workers, len(os.sched_getaffinity(0)))
-            seconds = table[f"{workers} workers"]["seconds_per_episode"]
-            table[f"{workers} workers"]["times_the_floor"] = round(seconds / floor, 2)
-    for row in table.values():
-        row["times_faster"] = round(table["plain"]["seconds_per_episode"] / row["seconds_per_episode"], 2)
-        row["times_less_cpu"] = round(table["plain"]["cpu_s_per_episode"] / row["cpu_s_per_episode"], 2)
+    policy = Still(convention, options.latency_ms / 1000, named.execute)
+    rounds: list[dict[str, dict[str, float]]] = []
+    overheads, parts = [], []
+    for _ in range(options.rounds):
+        watch, table = Stopwatch(), {}
+        reference = run_plain(named.sim)
+        table["plain"] = watch.read(options.episodes)
+        for workers in options.workers:
+            watch = Stopwatch()
+            results = ours(policy, named, options.episodes, options.image_size, workers)
+            table[f"{workers} workers"] = row = watch.read(options.episodes)
+            assert [(r.success, r.steps) for r in results] == reference, "both loops must do the same"
+            if workers == 1:
+                spent = {part: sum(r.timings[part] for r in results) / options.episodes for part in results[0].timings}
+                parts.append(spent)
+                overheads.append(1 - (spent["sim"] + spent["render"] + spent["infer"]) / spent["wall"])
+            if parts:
+                floor = sum(parts[-1][part] for part in ("sim", "render", "infer")) / min(workers, cores)
+                row["times_the_floor"] = row["seconds_per_episode"] / floor
+            row["times_faster"] = table["plain"]["seconds_per_episode"] / row["seconds_per_episode"]
+            row["times_less_cpu"] = table["plain"]["cpu_s_per_episode"] / row["cpu_s_per_episode"]
+        rounds.append(table)
     return {
         "protocol": named.name,
         "image_size": options.image_size,
         "latency_ms": options.latency_ms,
+        "rounds": options.rounds,
         "episodes": options.episodes,
         "steps": sum(steps for _, steps in reference),
-        "loops": table,
-        "overhead_with_1_worker": round(overhead, 4),
-        "parts_with_1_worker_s": spent,
+        "loops": {
+            loop: {figure: spread([table[loop][figure] for table in rounds]) for figure in rounds[0][loop]}
+            for loop in rounds[0]
+        },
+        "overhead_with_1_worker": spread(overheads) if overheads else "",
+        "parts_with_1_worker_s": {part: spread([spent[part] for spent in parts]) for part in (parts or [{}])[0]},
         "load_average": os.getloadavg(),
     }
 
@@ -208,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", default="grinningface/place/val/dev")
     parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=1, help="in each, every loop runs once: they take turns")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--latency-ms", type=float, default=8.0)
     parser.add_argument("--image-size", type=int, default=96)
