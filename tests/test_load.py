@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,36 @@ def change(path, **values):
 def test_a_misspelt_name_is_told_the_nearest(name):
     with pytest.raises(UserError, match=r"nearest: .*(Qwen/Qwen3-VL-2B-Instruct|tiny)"):
         load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("./no/such/folder", r"no folder ./no/such/folder \(nearest in .: models\)\n.*\n.*check the path: ls \."),
+        ("models/./tinny", r"no folder models/./tinny \(nearest in models: tiny-vlm\)"),
+        ("models/tiny-vlm/config.json", r"a file\n.*\n.*name its folder: models/tiny-vlm"),
+        ("models", r"no model in models: it has no config.json\n.*\n.*name models/tiny-vlm"),
+        ("~/models/tiny-vlm", "write the home folder out: .*/models/tiny-vlm"),
+    ],
+)
+def test_a_path_to_no_model_is_told_without_asking_the_hub(name, says, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    shutil.copytree(saved, "models/tiny-vlm")
+    with pytest.raises(UserError, match=says):
+        load_config(name)
+
+
+def test_a_name_that_may_be_a_folder_or_the_hubs_is_told_as_both(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny-vlm").mkdir(parents=True)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"no folder models/tinny here, (.*) cannot be reached .*models: tiny-vlm"):
+        load_config("models/tinny")
 
 
 RESPONSE: Any = SimpleNamespace(headers={}, status_code=403, request=None)

@@ -75,12 +75,7 @@ def load_config(name: str) -> PretrainedConfig:
     """
     if name == "tiny" and not (tiny.FOLDER / "model.safetensors").is_file():
         raise UserError(f"no weights in {tiny.FOLDER}", "the embedded VLM", "make them: vlm4vla vlm train")
-    if "/" not in _source(name) and not Path(name).is_dir():  # transformers would ask the hub for minutes
-        raise UserError(
-            f"no backbone {name!r} (nearest: {_nearest(name)})",
-            "`tiny`, a folder, or a hub id (owner/name)",
-            "vlm4vla backbones list",
-        )
+    _require_a_place(name)
     try:
         config = AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
     except FAILURES as error:
@@ -119,18 +114,50 @@ def _source(name: str) -> str:
     return str(tiny.FOLDER) if name == "tiny" else name
 
 
+def _require_a_place(name: str) -> None:
+    """Refuses what is neither a folder of a model nor could be a hub's: transformers would ask the hub for minutes.
+
+    Raises:
+        UserError: so it is.
+    """
+    folder = Path(_source(name))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            below = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]  # a policy's: vlm
+            mend = f"name {' or '.join(below)}" if below else "copy the whole folder, or name another"
+            raise UserError(f"no model in {name}: it has no config.json", EXPECTED, mend)
+    elif folder.is_file():
+        raise UserError(f"{name}, a file", EXPECTED, f"name its folder: {folder.parent}")
+    elif "/" not in name:
+        raise UserError(f"no backbone {name!r}{_nearest(name)}", EXPECTED, "vlm4vla backbones list")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        mend = f"check the path: ls {shlex.quote(str(_there(folder)))}"
+        mend = f"write the home folder out: {folder.expanduser()}" if folder.expanduser().is_dir() else mend
+        raise UserError(f"no folder {name}{_beside(folder)}", EXPECTED, mend)
+
+
+def _there(folder: Path) -> Path:
+    """What there is of the way to a folder."""
+    return next(parent for parent in folder.parents if parent.is_dir())
+
+
+def _beside(folder: Path) -> str:
+    """The folders that a path which leads nowhere may have meant."""
+    there = _there(folder)
+    others = [path.name for path in there.iterdir() if path.is_dir()]
+    return f" (nearest in {there}: {nearest(folder.relative_to(there).parts[0], others)})" if others else ""
+
+
 def _nearest(name: str) -> str:
     """The known models that a name may have meant; neither owner nor case count."""
     short = {known.rpartition("/")[2].lower(): known for known in hub_ids()}
     close = get_close_matches(name.rpartition("/")[2].lower(), short, n=3)
-    return ", ".join(short[match] for match in close) or nearest(name, hub_ids())
+    return f" (nearest: {', '.join(short[match] for match in close)})" if close else ""
 
 
 def _mend(name: str) -> str:
     if Path(_source(name)).is_dir():
         return "make or copy that folder again"
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):  # cannot be a hub id
-        return f"check the path: ls {shlex.quote(str(Path(name).parent))}"
     return f"check the name, or download it: hf download {name}"
 
 
@@ -146,13 +173,14 @@ def _cannot_open(name: str, error: Exception) -> UserError:
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return UserError(
-            f"no model {name!r} on the hub, or a private one (nearest: {_nearest(name)})",
+            f"no folder {name} here, and no model of that name on the hub, or a private one{_nearest(name)}",
             EXPECTED,
             "vlm4vla backbones list; for a private model: hf auth login",
         )
     if not folder and any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
         return UserError(
-            f"backbone {name!r} is not on this machine, and the hub cannot be reached (nearest: {_nearest(name)})",
+            f"no folder {name} here, no model of that name in the hub's cache, and the hub cannot be reached"
+            + (_beside(Path(name)) if Path(name).parent.is_dir() else _nearest(name)),
             "a model in the local cache or in a folder",
             f"where the hub can be reached: hf download {name}; then copy the folder here",
         )
