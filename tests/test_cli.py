@@ -22,6 +22,7 @@ from vlm4vla import doctor
 from vlm4vla.arguments import run_spec, study_file
 from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
+from vlm4vla.sims import vulkan
 from vlm4vla.sims.grinningface import emoji
 from vlm4vla.spec import RunSpec
 from vlm4vla.studies import matrix
@@ -239,8 +240,10 @@ def test_doctor_says_which_vulkan_there_is_and_needs_none(monkeypatch: pytest.Mo
     none = doctor.vulkan()
     assert (none.ok, none.needed) == (False, False)
     assert "mesa-vulkan-drivers" in none.mend
-    monkeypatch.setattr(doctor, "VULKAN", "print('one device')")
-    assert doctor.vulkan().ok
+    monkeypatch.setattr(vulkan, "devices", lambda: (vulkan.Device("a GPU", 1, True), vulkan.Device("pipe", 2, False)))
+    some = doctor.vulkan()
+    assert some.ok
+    assert some.found == "a GPU; pipe (without VK_KHR_external_semaphore_fd: for simpler, not for simpler_ms2)"
 
 
 def test_doctor_refuses_the_backends_that_the_simulator_refuses(monkeypatch: pytest.MonkeyPatch):

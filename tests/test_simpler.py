@@ -1,6 +1,7 @@
 """SimplerEnv-Bridge: the rules that are put right; where the simulators are set up, their physics (no Vulkan)."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from simulated import run_in
 from vlm4vla.errors import UserError
-from vlm4vla.sims import bridge, environments, simpler
+from vlm4vla.sims import bridge, environments, simpler, simpler_ms2, vulkan
 from vlm4vla.sims.protocols import protocol, protocol_names
 
 missing_ms2, missing_ms3 = environments.missing("simpler_ms2"), environments.missing("simpler")
@@ -99,6 +100,46 @@ def test_the_success_rule_is_part_of_the_name():
     assert sticky.to_dict() == {**last.to_dict(), "name": sticky.name, "open_after": 2}
     with pytest.raises(UserError, match="nearest: spoon"):
         simpler.Simpler(task="spon")
+
+
+class NoSimulator(bridge.Bridge):
+    """What both adapters share."""
+
+    _start = _step = _look = lambda self, *_: None
+
+
+GPU, OTHER = vulkan.Device("NVIDIA H200", vulkan.NVIDIA, True), vulkan.Device("llvmpipe", 65541, False)
+
+
+@pytest.mark.parametrize("files", [[], ["/dev/nvidia0"]])
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [([OTHER], "llvmpipe"), ([OTHER, GPU, GPU], "NVIDIA H200"), ([OTHER, replace(OTHER, name="b")], "llvmpipe or b")],
+)
+def test_results_name_the_device_that_vulkan_offers_whatever_files_there_are(monkeypatch, files, there, named):
+    monkeypatch.setattr(vulkan, "devices", lambda: tuple(there))
+    monkeypatch.setattr("glob.glob", lambda pattern: files)
+    assert NoSimulator().versions == {"renderer": named}
+    assert NoSimulator(render="none").versions == {"renderer": "none"}
+
+
+@pytest.mark.parametrize("adapter", [simpler.Simpler, simpler_ms2.SimplerMs2])
+def test_pictures_without_vulkan_are_refused_at_the_start(monkeypatch, adapter):
+    for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):  # the second is the older name
+        monkeypatch.setenv(variable, "/nowhere.json")
+    with pytest.raises(UserError, match=r"no Vulkan device(?s:.*)mesa-vulkan-drivers"):
+        adapter()
+    with pytest.raises(UserError, match="render='gup'"):
+        adapter(render="gup")
+
+
+def test_a_renderer_that_does_not_start_is_told_with_its_device(monkeypatch):
+    def refuses():
+        raise RuntimeError("ErrorExtensionNotPresent")
+
+    monkeypatch.setattr(vulkan, "devices", lambda: (OTHER,))
+    with pytest.raises(UserError, match="does not render on llvmpipe: ErrorExtensionNotPresent"):
+        NoSimulator()._started(refuses, "another", "take another")
 
 
 def test_both_simulators_have_the_same_protocols():

@@ -27,27 +27,6 @@ renderer.update_scene(data)
 print(int(renderer.render().max()))
 renderer.close()
 """
-VULKAN = """
-from ctypes import CDLL, Structure, byref, c_int, c_uint, c_void_p, create_string_buffer
-vulkan = CDLL("libvulkan.so.1")
-class Info(Structure):  # VkInstanceCreateInfo
-    _fields_ = [("type", c_int), ("next", c_void_p), ("flags", c_uint), ("application", c_void_p),
-                ("layers", c_uint), ("layer_names", c_void_p), ("extensions", c_uint), ("extension_names", c_void_p)]
-instance, count = c_void_p(), c_uint()
-assert vulkan.vkCreateInstance(byref(Info(1)), None, byref(instance)) == 0
-vulkan.vkEnumeratePhysicalDevices(instance, byref(count), None)
-devices = (c_void_p * count.value)()
-vulkan.vkEnumeratePhysicalDevices(instance, byref(count), devices)
-for device in map(c_void_p, devices):
-    properties, number = create_string_buffer(4096), c_uint()
-    vulkan.vkGetPhysicalDeviceProperties(device, properties)
-    vulkan.vkEnumerateDeviceExtensionProperties(device, None, byref(number), None)
-    extensions = create_string_buffer(260 * number.value)  # of VkExtensionProperties
-    vulkan.vkEnumerateDeviceExtensionProperties(device, None, byref(number), extensions)
-    lacks = b"VK_KHR_external_semaphore_fd" not in extensions.raw
-    name = properties.raw[20:276].split(b"\\0")[0].decode()
-    print(name + (" (without VK_KHR_external_semaphore_fd: for simpler, not for simpler_ms2)" if lacks else ""))
-"""
 RENDER_TIMEOUT_S = 60
 EMBEDDED_VLM = Path(__file__).parent / "backbones" / "tiny_vlm"
 """``backbones.tiny.FOLDER``; that module needs torch."""
@@ -133,16 +112,12 @@ def renderer() -> Finding:
 
 
 def vulkan() -> Finding:
-    """The devices that SimplerEnv's renderers could take, asked for in a process of its own: a driver can abort."""
-    mend = "apt-get install libvulkan1 mesa-vulkan-drivers   (Mesa 25 or newer; a GPU's driver brings its own)"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", VULKAN], capture_output=True, text=True, timeout=RENDER_TIMEOUT_S, check=False
-        )
-        found = "; ".join(done.stdout.splitlines())
-    except subprocess.TimeoutExpired:
-        found = ""
-    return Finding("vulkan", bool(found), found or "no device, which SimplerEnv's pictures need", mend, needed=False)
+    """The devices that SimplerEnv's renderers could take."""
+    from vlm4vla.sims.vulkan import MEND, SEMAPHORES, devices
+
+    lacks = f" (without {SEMAPHORES}: for simpler, not for simpler_ms2)"
+    found = "; ".join(each.name + ("" if each.semaphores else lacks) for each in devices())
+    return Finding("vulkan", bool(found), found or "no device, which SimplerEnv's pictures need", MEND, needed=False)
 
 
 def renders(backend: str) -> bool:

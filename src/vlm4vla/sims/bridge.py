@@ -8,10 +8,12 @@ What ``simpler`` (ManiSkill 3) and ``simpler_ms2`` (ManiSkill2_real2sim, Simpler
   of the controller: 1 m and half of pi. The raw gripper is 1 open, -1 closed.
 - The picture is 640 x 480, and bicubic to a square without keeping its proportions, as VLM4VLA has it.
 - Each episode has an environment of its own, as in SimplerEnv's evaluation.
+- Pictures need Vulkan; results name the device as ``renderer`` (several that sapien may choose from: all of them). The
+  renderer starts with the simulator and not with its first episode.
 """
 
-import glob
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ import numpy as np
 from vlm4vla import convention
 from vlm4vla.errors import UserError, nearest
 from vlm4vla.pictures import resized
+from vlm4vla.sims import vulkan
 from vlm4vla.sims.base import StepOutcome, check_actions
 from vlm4vla.types import Observation
 
@@ -64,16 +67,40 @@ class Bridge(ABC):
         success: Literal["last", "any"] = "last",
         image_size: int = 224,
         max_steps: int | None = None,
+        render: Literal["vulkan", "none"] = "vulkan",
     ) -> None:
-        """Episode seeds are 0 to 23: SimplerEnv's episode ids. Raises ``UserError`` on unknown names."""
+        """Episode seeds are 0 to 23: SimplerEnv's episode ids. ``render``: ``none`` is physics alone, without pictures.
+
+        Raises ``UserError`` on unknown names, and where pictures are wanted and there is no Vulkan.
+        """
         if task not in TASKS:
             raise UserError(f"the task {task!r}", f"one of {', '.join(TASKS)}", f"nearest: {nearest(task, [*TASKS])}")
         if success not in ("last", "any"):
             raise UserError(f"success={success!r}", "last or any", "name one of the two")
+        if render not in ("vulkan", "none"):
+            raise UserError(f"render={render!r}", "vulkan or none", "name one of the two")
+        self.devices = vulkan.chosen() if render == "vulkan" else ()
+        if render == "vulkan" and not self.devices:
+            raise UserError("no Vulkan device", "one, which SimplerEnv's pictures need", vulkan.MEND)
         self.task, self.rule, self.image_size = TASKS[task], success, image_size
         self.max_steps = self.task.steps if max_steps is None else max_steps
         self._env: Any = None
         self._steps, self.done = 0, True
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"renderer": " or ".join(dict.fromkeys(device.name for device in self.devices)) or "none"}
+
+    def _started(self, renderer: Callable[[], Any], expected: str, next_step: str) -> Any:
+        """What ``renderer`` makes. Later ones share what it has compiled for as long as it is kept.
+
+        Raises ``UserError`` where it does not start.
+        """
+        try:
+            return renderer()
+        except RuntimeError as error:
+            found = f"sapien does not render on {self.versions['renderer']}: {error}"
+            raise UserError(found, expected, next_step) from error
 
     @abstractmethod
     def _start(self, episode: int) -> Any:
@@ -129,8 +156,3 @@ def controller_action(action: np.ndarray) -> np.ndarray:
     pose = action[:6].clip(-LIMITS, LIMITS)
     turn = Rotation.from_euler("xyz", pose[3:]).as_rotvec()
     return np.concatenate([pose[:3], turn, [1.0 if action[6] > 0.5 else -1.0]]).astype(np.float32)
-
-
-def device() -> Literal["gpu", "cpu"]:
-    """What renders here."""
-    return "gpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu"

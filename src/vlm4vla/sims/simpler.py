@@ -16,7 +16,8 @@ What stays different: meshes are made convex by another PhysX, so a few objects 
 press with 11 N, not 6.5.
 
 Other non-obvious behaviours, beside those of ``sims/bridge.py``:
-- Rendering needs Vulkan: a GPU, or Mesa's lavapipe from 25 on with ``render="cpu"``. Physics runs on the CPU.
+- Rendering needs Vulkan: a GPU's, or Mesa's lavapipe from 25 on. Its ``gpu`` means CUDA's, its ``cpu`` the best of the
+  others. Physics runs on the CPU.
 - A class-level list leaks segmentation ids between environments: one per process, built anew for each episode.
 - ManiSkill needs torch; so does its worker.
 """
@@ -27,11 +28,12 @@ import importlib
 import os
 import sysconfig
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from vlm4vla.sims.bridge import CAMERA, TASKS, Bridge, device
+from vlm4vla.sims import vulkan
+from vlm4vla.sims.bridge import CAMERA, TASKS, Bridge
 
 CONTROL = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
 MIN_IMPULSE, MAX_GRASP_DEGREES = 1e-6, 60.0
@@ -60,14 +62,13 @@ CALM = {"linear_velocity": 1e-3, "angular_velocity": 1e-2}
 class Simpler(Bridge):
     """See ``Bridge``."""
 
-    def __init__(self, render: Literal["gpu", "cpu", "none"] | None = None, **episode: Any) -> None:
-        """``render``: ``none`` gives no pictures; by default the GPU where there is one, and results say which.
-        ``episode``: see ``Bridge``.
+    def __init__(self, **options: Any) -> None:
+        """``options``: see ``Bridge``.
 
-        Raises ``UserError`` as ``Bridge`` does, ``ImportError`` without ManiSkill 3.
+        Raises ``UserError`` as ``Bridge`` does and where sapien 3 does not render, ``ImportError`` without ManiSkill 3.
         """
-        super().__init__(**episode)
-        self.render = render or device()
+        super().__init__(**options)
+        self._backend = "none"
         link = Path(sysconfig.get_path("purelib")) / "maniskill_assets"
         if link.is_dir():
             os.environ.setdefault("MS_ASSET_DIR", str(link.resolve()))
@@ -82,7 +83,13 @@ class Simpler(Bridge):
             "link": {"left_finger_link": FINGER, "right_finger_link": FINGER},
         }
         robot.load_multiple_collisions = True
-        if self.render == "none":
+        if self.devices:
+            sapien = importlib.import_module("sapien")
+            self._backend, device = ("gpu", "cuda") if self.devices[0].vendor == vulkan.NVIDIA else ("cpu", "cpu")
+            self._renderer = self._started(
+                lambda: sapien.render.RenderSystem(sapien.Device(device)), "a GPU's driver, or Mesa 25", vulkan.MEND
+            )
+        else:
             scenes.BaseBridgeEnv.rgb_overlay_mode, scenes.BaseBridgeEnv.SUPPORTED_OBS_MODES = "none", ["none"]
         self._make: Any = gymnasium.make
         self._places: dict[str, np.ndarray] = {}
@@ -93,16 +100,16 @@ class Simpler(Bridge):
     def versions(self) -> dict[str, str]:
         from importlib.metadata import version
 
-        return {"mani_skill": version("mani_skill"), "sapien": version("sapien"), "renderer": self.render}
+        return {"mani_skill": version("mani_skill"), "sapien": version("sapien"), **super().versions}
 
     def _start(self, episode: int) -> Any:
         env = self._make(
             f"{self.task.env}-v1",
-            obs_mode="none" if self.render == "none" else "rgb+segmentation",
+            obs_mode="rgb+segmentation" if self.devices else "none",
             control_mode=CONTROL,
             num_envs=1,
             sim_backend="physx_cpu",
-            render_backend=self.render,
+            render_backend=self._backend,
             sim_config=PHYSICS,
         ).unwrapped
         env.reset(seed=0, options={"episode_id": episode})

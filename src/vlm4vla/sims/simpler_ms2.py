@@ -17,39 +17,39 @@ import importlib
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from vlm4vla.errors import UserError
-from vlm4vla.sims.bridge import CAMERA, Bridge, device
+from vlm4vla.sims.bridge import CAMERA, Bridge
 
 
 class SimplerMs2(Bridge):
     """See ``Bridge``."""
 
-    def __init__(self, render: Literal["vulkan", "none"] = "vulkan", **episode: Any) -> None:
-        """``render``: ``none`` is physics alone, without Vulkan and pictures. ``episode``: see ``Bridge``.
+    def __init__(self, **options: Any) -> None:
+        """``options``: see ``Bridge``.
 
-        Raises ``UserError`` as ``Bridge`` does and without Vulkan, ``ImportError`` without ManiSkill2_real2sim.
+        Raises ``UserError`` as ``Bridge`` does and where sapien 2 does not render, ``ImportError`` without
+        ManiSkill2_real2sim.
         """
-        super().__init__(**episode)
-        self.render = render
+        super().__init__(**options)
         sys.path.insert(0, str((Path(sysconfig.get_path("purelib")) / "ManiSkill2_real2sim").resolve()))
         importlib.import_module("mani_skill2_real2sim.envs")  # registers the environments
         known = importlib.import_module("mani_skill2_real2sim.utils.registration").REGISTERED_ENVS
         self._make: Any = known[f"{self.task.env}-v0"].cls
-        if render == "none":
-            self._make = _blind(self._make)
+        if self.devices:
+            core: Any = importlib.import_module("sapien.core")
+            self._renderer = self._started(
+                lambda: core.SapienRenderer(offscreen_only=True),  # no display is asked for
+                "a GPU and its Vulkan driver (Mesa's software driver lacks VK_KHR_external_semaphore_fd)",
+                "a machine with a GPU, or the same task on ManiSkill 3: simpler_bridge/ms3/carrot/v2",
+            )
         else:
-            self._renderer = _renderer()
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return {"renderer": "none" if self.render == "none" else device()}
+            self._make = _blind(self._make)
 
     def _start(self, episode: int) -> Any:
-        env = self._make(obs_mode="none" if self.render == "none" else "image", prepackaged_config=True)
+        env = self._make(obs_mode="image" if self.devices else "none", prepackaged_config=True)
         env.reset(seed=0, options={"obj_init_options": {"episode_id": episode}})
         return env
 
@@ -68,19 +68,6 @@ class SimplerMs2(Bridge):
         seen = env.get_obs()["image"][CAMERA]["Color"][..., :3]
         picture = np.clip(seen * 255, 0, 255).astype(np.uint8)
         return picture, env.get_language_instruction(), env.agent.robot.get_qpos()
-
-
-def _renderer() -> Any:
-    """Later ones share what the first has compiled, which takes seconds, for as long as it is kept."""
-    core: Any = importlib.import_module("sapien.core")
-    try:
-        return core.SapienRenderer(offscreen_only=True)  # no display is asked for
-    except RuntimeError as error:
-        raise UserError(
-            f"no Vulkan for sapien 2: {error}",
-            "a GPU and its Vulkan driver (Mesa's software driver lacks VK_KHR_external_semaphore_fd)",
-            "a machine with a GPU, or the same task on ManiSkill 3: simpler_bridge/ms3/carrot/v2",
-        ) from error
 
 
 def _blind(environment: Any) -> Any:
