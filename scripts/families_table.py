@@ -52,7 +52,7 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     with replacing(PAGE) as partial:
-        partial.write_text(before + BEGIN + "\n".join([*HEADER, *rows]) + "\n" + END + after)
+        partial.write_text(before + BEGIN + "\n".join([*HEADER, *sorted(rows, key=str.lower)]) + "\n" + END + after)
 
 
 if __name__ == "__main__":
