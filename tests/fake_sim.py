@@ -1,6 +1,8 @@
 """A simulator without physics and a policy for it: quick, seeded, and able to fail on demand."""
 
+import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -29,14 +31,27 @@ class FakeSim:
     """A point on a line must come to 0; how strongly it obeys depends on the seed, so that some episodes fail.
 
     ``trouble`` maps a seed to what happens in the second ``execute`` of its episode: ``crash``, ``hang`` or ``raise``;
-    with a ``scar`` folder, only on the first start of that episode.
+    with a ``scar`` folder, only on the first start of that episode. ``deaths`` is a folder: each file in it kills one
+    process that builds a simulator, and is gone.
     """
 
     convention = CONVENTION
 
     def __init__(
-        self, image_size=8, max_steps=12, trouble=None, scar=None, step_s=0.0, refuse=False, cameras=("main",)
+        self,
+        image_size=8,
+        max_steps=12,
+        trouble=None,
+        scar=None,
+        step_s=0.0,
+        refuse=False,
+        deaths=None,
+        cameras=("main",),
     ):
+        for death in Path(deaths).iterdir() if deaths else ():
+            with contextlib.suppress(FileNotFoundError):
+                death.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
         if refuse:
             raise UserError("a simulator without assets", "assets", "fetch them")
         print("a library that prints to stdout")

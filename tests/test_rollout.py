@@ -126,6 +126,56 @@ def test_a_fault_costs_three_starts(store, monkeypatch):
     assert len(starts) == TRIES
 
 
+@pytest.fixture
+def deaths(tmp_path):
+    """A folder, and what lets so many starts of a simulator be killed, as a system short of memory does."""
+    folder = tmp_path / "deaths"
+    folder.mkdir()
+
+    def kill(starts):
+        for i in range(starts):
+            (folder / str(i)).touch()
+        return protocol(deaths=str(folder))
+
+    return kill
+
+
+def test_workers_killed_before_any_was_made_are_started_again(store, deaths):
+    assert outcomes(run(store, "killed", named=deaths(2))) == outcomes(run(store, "calm"))
+
+
+def test_workers_that_never_start_end_the_evaluation_after_three_starts_each(store, deaths, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)does not start.*SIGKILL.*fewer --workers"):
+        run(store, named=deaths(20))
+    assert len([*(tmp_path / "deaths").iterdir()]) == 20 - 2 * TRIES
+    assert store.results("run", "fake/line/v1") == []
+
+
+def test_a_worker_that_never_starts_leaves_its_episodes_to_the_others(store, deaths, monkeypatch, capfd):
+    """Its episode is the others', whose numbers stay: no fault, and no other result."""
+    workers, plain = [], Worker.__init__
+    named = deaths(TRIES)
+
+    def init(self, sim, kwargs, *options):
+        workers.append(self)
+        plain(self, sim, kwargs if len(workers) == 2 else {**kwargs, "deaths": None}, *options)
+
+    monkeypatch.setattr(Worker, "__init__", init)
+    results = run(store, "killed", FakePolicy(delay_s=0.1), named=named, workers=3)
+    assert len(workers) == 3
+    assert "given up, 2 go on" in capfd.readouterr().err
+    assert outcomes(results) == outcomes(run(store, "calm"))
+
+
+def test_a_simulator_that_starts_no_more_ends_the_evaluation_and_keeps_what_is_finished(store, deaths, monkeypatch):
+    add, named = store.add, deaths(0)
+    named = replace(named, sim_args={**named.sim_args, "trouble": {str(FIRST_SEED + 1): "crash"}})
+    monkeypatch.setattr(store, "add", lambda run_id, row: (deaths(TRIES), add(run_id, row)))
+    with pytest.raises(UserError, match="does not start"):
+        run(store, named=named, workers=1)
+    assert [r.episode for r in store.results("run", "fake/line/v1")] == [0]
+
+
 def test_a_policy_sees_the_cameras_that_it_needs_and_no_others(store):
     class Seeing(FakePolicy):
         def predict(self, observations):

@@ -37,7 +37,7 @@ from vlm4vla.spec import content_hash
 from vlm4vla.types import ActionChunk, BatchPolicy, EpisodeResult, Observation
 
 TRIES = 3
-"""Starts of an episode whose worker fails before it becomes a fault."""
+"""Starts of an episode whose worker fails before it becomes a fault, and of a worker before it is given up."""
 Videos = Literal["failures", "all", "none"]
 
 
@@ -73,7 +73,8 @@ class Attempt:
     ahead: int | None = None
     """The episode with which the worker goes on by itself where the actions under way end this one."""
     timings: dict[str, float] = field(default_factory=lambda: {"sim": 0.0, "render": 0.0, "infer": 0.0})
-    started: float = 0.0
+    started: float | None = None
+    """None while its worker is still starting."""
 
 
 def evaluate(
@@ -110,7 +111,8 @@ def evaluate(
 
     Raises:
         UserError: the protocol has fewer episodes or another definition in this store, another process evaluates the
-            same, conventions differ, the simulator cannot be made, or the policy's actions cannot be executed.
+            same, conventions differ, the simulator cannot be made (by any worker in ``TRIES`` starts each, or it says
+            why), or the policy's actions cannot be executed.
     """
     protocol.check_episodes(episodes)
     film = _Film(strips, num_strips, video_folder, videos)
@@ -169,6 +171,7 @@ class _Evaluation:
         self.successes, self.faults = sum(bool(row.success) for row in rows), 0
         self.todo = deque(i for i in range(episodes) if i not in self.finished)
         self.tries: Counter[int] = Counter()
+        self.stillborn: Counter[Worker] = Counter()
         self.versions: dict[str, str] = {}
         self.running: dict[Worker, Attempt] = {}
         self.dismissed: list[Worker] = []
@@ -205,12 +208,16 @@ class _Evaluation:
         try:
             reply = worker.poll()
         except WorkerFault as fault:
-            self._retry(worker, attempt, str(fault), bar)
+            if attempt.started is None:
+                self._start_again(worker, attempt, fault)
+            else:
+                self._retry(worker, attempt, str(fault), bar)
             return
         if reply is None:
             return
         if reply.made:
             self._check_made(reply)
+            del self.stillborn[worker]
             self._begin(worker, attempt.episode)
             return
         for part, seconds in reply.seconds.items():
@@ -309,14 +316,31 @@ class _Evaluation:
         else:
             self._begin(worker, episode)
 
-    def _retry(self, worker: Worker, attempt: Attempt, fault: str, bar: tqdm) -> None:
-        """Start the worker again with the same episode, or record the fault and go on."""
-        if not self.versions:  # no worker was ever made: the set-up is at fault
+    def _start_again(self, worker: Worker, attempt: Attempt, fault: WorkerFault) -> None:
+        """After a worker that ended or hung before its simulator was made, which is no episode's fault: a busy machine
+        may have no memory for so many. Give it up after ``TRIES`` starts; the others go on, its episode is theirs.
+
+        Raises ``UserError`` where it is the last, or the very first to be made and says itself what is wrong.
+        """
+        self.stillborn[worker] += 1
+        refused = fault.told and not self.versions
+        if self.stillborn[worker] < TRIES and not refused:
+            worker.restart()
+            return
+        if refused or len(self.running) == 1:
             raise UserError(
                 f"the simulator {self.protocol.sim} does not start: {fault}",
                 "a simulator that starts",
-                "vlm4vla doctor",
+                "vlm4vla doctor; where memory is short, fewer --workers (what is finished is kept)",
             )
+        del self.running[worker]
+        worker.kill()
+        self.todo.appendleft(attempt.episode)
+        left = f"{len(self.running)} go on" if len(self.running) > 1 else "one goes on"
+        tqdm.write(f"a worker that does not start is given up, {left}: {fault}", file=sys.stderr)
+
+    def _retry(self, worker: Worker, attempt: Attempt, fault: str, bar: tqdm) -> None:
+        """Start the worker again with the same episode, or record the fault and go on."""
         self.tries[attempt.episode] += 1
         if self.tries[attempt.episode] < TRIES:
             self.running[worker] = Attempt(attempt.episode)
@@ -331,6 +355,7 @@ class _Evaluation:
         worker.restart()
 
     def _finish(self, attempt: Attempt, outcome: StepOutcome, bar: tqdm) -> None:
+        assert attempt.started is not None
         attempt.timings["wall"] = time.monotonic() - attempt.started
         result = self._result(attempt, outcome)  # stored after its film: a kill between repeats both
         if self.film.strips and self.film.wants_strip(attempt.episode):

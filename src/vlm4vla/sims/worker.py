@@ -57,6 +57,8 @@ main(int(parent))
 class WorkerFault(Exception):  # noqa: N818 (a fault is what the results call it)
     """The worker crashed, hung, raised or broke the protocol: the infrastructure's fault, not the policy's."""
 
+    told = False
+    """Whether it is an exception that the worker itself could tell: another start would most likely raise it again."""
     refused = False
     """Whether the simulator refused the request with a ``ValueError`` and lives on."""
 
@@ -165,7 +167,7 @@ class Worker:
             raise UserError(*header["user_error"])
         if "error" in header:
             fault = WorkerFault(header["error"])
-            fault.refused = header["refused"]
+            fault.told, fault.refused = True, header["refused"]
             raise fault
         outcome = StepOutcome(**header["outcome"]) if "outcome" in header else None
         images = {name.removeprefix("image/"): a for name, a in arrays.items() if name.startswith("image/")}
