@@ -44,6 +44,7 @@ class FakeSim:
         trouble=None,
         scar=None,
         step_s=0.0,
+        reset_s=0.0,
         refuse=False,
         deaths=None,
         cameras=("main",),
@@ -55,12 +56,13 @@ class FakeSim:
         if refuse:
             raise UserError("a simulator without assets", "assets", "fetch them")
         print("a library that prints to stdout")
-        self.image_size, self.max_steps, self.step_s = image_size, max_steps, step_s
+        self.image_size, self.max_steps, self.step_s, self.reset_s = image_size, max_steps, step_s, reset_s
         self.trouble, self.scar, self.cameras = trouble or {}, scar, cameras
 
     def reset(self, seed):
         if seed < 0:
             raise ValueError("negative seed")
+        time.sleep(self.reset_s)
         rng = np.random.default_rng(seed)
         self.seed, self.steps, self.calls = seed, 0, 0
         self.x, self.gain = rng.uniform(0.2, 1.0), rng.uniform(0.05, 0.6)

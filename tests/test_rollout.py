@@ -68,6 +68,12 @@ def test_results_are_those_of_a_plain_loop(store):
         assert r.versions["numpy"] == np.__version__
 
 
+def test_the_wall_time_of_an_episode_holds_all_its_parts(store):
+    """Also of one that its worker began by itself, while the policy was busy with another's."""
+    results = run(store, policy=FakePolicy(delay_s=0.1), named=protocol(reset_s=0.1))
+    assert {min(r.timings["wall"] - r.timings["sim"] - r.timings["infer"], 0) for r in results} == {0}
+
+
 def test_number_of_workers_does_not_matter(store):
     policy = FakePolicy(delay_s=0.1)  # several steps even of a busy machine
     assert outcomes(run(store, "one", workers=1)) == outcomes(run(store, "three", policy, workers=3))
@@ -163,7 +169,7 @@ def test_a_worker_that_never_starts_leaves_its_episodes_to_the_others(store, dea
     monkeypatch.setattr(Worker, "__init__", init)
     results = run(store, "killed", FakePolicy(delay_s=0.1), named=named, workers=3)
     assert len(workers) == 3
-    assert "given up, 2 go on" in capfd.readouterr().err
+    assert "given up (2 left)" in capfd.readouterr().err
     assert outcomes(results) == outcomes(run(store, "calm"))
 
 

@@ -48,7 +48,8 @@ class EpisodeResult:
     (True / False where the cube was moved to a card, None where it was not)."""
     instruction: str = ""
     timings: dict[str, float] = field(default_factory=dict)
-    """Seconds by part: ``sim``, ``render``, ``infer``, ``wall``."""
+    """Seconds by part: ``sim``, ``render``, ``infer`` (its share of a batch), and ``wall``: from the start of its reset
+    to the end of its last action (of its last picture, where it is filmed), waits for the policy included."""
     versions: dict[str, str] = field(default_factory=dict)
     fault: str | None = None
     """What went wrong with the infrastructure, where ``success is None``."""

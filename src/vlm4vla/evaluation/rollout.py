@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from typing import Protocol as Interface
 
 import numpy as np
@@ -74,7 +74,9 @@ class Attempt:
     """The episode with which the worker goes on by itself where the actions under way end this one."""
     timings: dict[str, float] = field(default_factory=lambda: {"sim": 0.0, "render": 0.0, "infer": 0.0})
     started: float | None = None
-    """None while its worker is still starting."""
+    """When its reset began; None while its worker is still starting."""
+    asked: float = 0.0
+    """When its worker began what it was last asked for; with the seconds of the reply, when it was done."""
 
 
 def evaluate(
@@ -111,8 +113,7 @@ def evaluate(
 
     Raises:
         UserError: the protocol has fewer episodes or another definition in this store, another process evaluates the
-            same, conventions differ, the simulator cannot be made (by any worker in ``TRIES`` starts each, or it says
-            why), or the policy's actions cannot be executed.
+            same, conventions differ, the simulator does not start, or the policy's actions cannot be executed.
     """
     protocol.check_episodes(episodes)
     film = _Film(strips, num_strips, video_folder, videos)
@@ -217,11 +218,12 @@ class _Evaluation:
             return
         if reply.made:
             self._check_made(reply)
-            del self.stillborn[worker]
+            self.stillborn[worker] = 0
             self._begin(worker, attempt.episode)
             return
         for part, seconds in reply.seconds.items():
             attempt.timings[part] += seconds
+        until = attempt.asked + sum(reply.seconds.values())
         if reply.outcome:
             attempt.outcome = reply.outcome
             attempt.steps += reply.outcome.steps
@@ -237,10 +239,10 @@ class _Evaluation:
         if not (attempt.outcome and attempt.outcome.done):
             attempt.observation = reply.observation
         elif self._filmed(attempt, attempt.outcome) and reply.observation is None:
-            worker.send("observe")  # how it ended, for strips and videos only
+            self._send(worker, "observe")  # how it ended, for strips and videos only
         else:
-            self._next(worker, attempt)  # it starts the next episode while this one is written down
-            self._finish(attempt, attempt.outcome, bar)
+            self._next(worker, attempt, until)  # it starts the next episode while this one is written down
+            self._finish(attempt, attempt.outcome, until, bar)
             if worker in self.running:
                 self._listen(worker, bar)  # the next one's first look may be there as well
 
@@ -259,7 +261,7 @@ class _Evaluation:
             attempt.observation = None
             attempt.ahead = self._ahead(attempt)
             then = None if attempt.ahead is None else self.protocol.first_seed + attempt.ahead
-            worker.send("execute", actions=self._executable(attempt, chunk), look=True, then=then)
+            self._send(worker, "execute", actions=self._executable(attempt, chunk), look=True, then=then)
 
     def _ahead(self, attempt: Attempt) -> int | None:
         """What follows this attempt, if that can be said before its end: its last frame is not filmed, and enough is
@@ -298,10 +300,14 @@ class _Evaluation:
 
     def _begin(self, worker: Worker, episode: int) -> None:
         self.running[worker] = Attempt(episode, started=time.monotonic())
-        worker.send("reset", seed=self.protocol.first_seed + episode, look=True)
+        self._send(worker, "reset", seed=self.protocol.first_seed + episode, look=True)
 
-    def _next(self, worker: Worker, attempt: Attempt) -> None:
-        """Go on after ``attempt``, with the episode that the worker has begun or with another; or let it end."""
+    def _send(self, worker: Worker, do: str, **fields: Any) -> None:
+        self.running[worker].asked = time.monotonic()
+        worker.send(do, **fields)
+
+    def _next(self, worker: Worker, attempt: Attempt, ended: float) -> None:
+        """After ``attempt``: the episode that the worker began when it ``ended``, or another; or let the worker end."""
         begun = attempt.ahead is not None
         episode = attempt.ahead if begun else self._following(attempt)
         if episode is None:
@@ -311,17 +317,15 @@ class _Evaluation:
             return
         self.todo.remove(episode)
         if begun:
-            self.running[worker] = Attempt(episode, started=time.monotonic())
+            self.running[worker] = Attempt(episode, started=ended, asked=ended)
             worker.expect()
         else:
             self._begin(worker, episode)
 
     def _start_again(self, worker: Worker, attempt: Attempt, fault: WorkerFault) -> None:
-        """After a worker that ended or hung before its simulator was made, which is no episode's fault: a busy machine
-        may have no memory for so many. Give it up after ``TRIES`` starts; the others go on, its episode is theirs.
-
-        Raises ``UserError`` where it is the last, or the very first to be made and says itself what is wrong.
-        """
+        """A worker failed before its simulator was made, which is no episode's fault: memory may be short for so many.
+        Give it up after ``TRIES`` starts and leave its episode to the others. ``UserError`` where there is none, or
+        where it says itself what is wrong and no worker was made yet."""
         self.stillborn[worker] += 1
         refused = fault.told and not self.versions
         if self.stillborn[worker] < TRIES and not refused:
@@ -336,8 +340,7 @@ class _Evaluation:
         del self.running[worker]
         worker.kill()
         self.todo.appendleft(attempt.episode)
-        left = f"{len(self.running)} go on" if len(self.running) > 1 else "one goes on"
-        tqdm.write(f"a worker that does not start is given up, {left}: {fault}", file=sys.stderr)
+        tqdm.write(f"a worker does not start and is given up ({len(self.running)} left): {fault}", file=sys.stderr)
 
     def _retry(self, worker: Worker, attempt: Attempt, fault: str, bar: tqdm) -> None:
         """Start the worker again with the same episode, or record the fault and go on."""
@@ -354,9 +357,9 @@ class _Evaluation:
             self.running[worker] = Attempt(episode)
         worker.restart()
 
-    def _finish(self, attempt: Attempt, outcome: StepOutcome, bar: tqdm) -> None:
+    def _finish(self, attempt: Attempt, outcome: StepOutcome, ended: float, bar: tqdm) -> None:
         assert attempt.started is not None
-        attempt.timings["wall"] = time.monotonic() - attempt.started
+        attempt.timings["wall"] = ended - attempt.started
         result = self._result(attempt, outcome)  # stored after its film: a kill between repeats both
         if self.film.strips and self.film.wants_strip(attempt.episode):
             write_strip(self.film.strips, attempt.frames, result)
