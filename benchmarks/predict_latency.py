@@ -122,8 +122,8 @@ def main() -> None:
     spec = RunSpec(backbone=options.backbone, data=DataSpec(folder="noise"), training=training)
     actions = rng.normal(size=(100, 7)).astype(np.float32)
     actions[:, -1] = actions[:, -1] > 0
-    policy = drawn(spec, actions, options.image_size, device).for_acting()
-    fast = drawn(spec, actions, options.image_size, device).for_acting() if options.compile else policy
+    policy = drawn(spec, actions, options.image_size, device).for_acting(device)
+    fast = drawn(spec, actions, options.image_size, device).for_acting(device) if options.compile else policy
     for each in (policy, fast):
         each.vla.eval()
     print(f"{options.backbone}, {options.image_size} px, {options.precision}, {device}; milliseconds")

@@ -78,13 +78,13 @@ class Policy(fake_sim.FakePolicy):
     image_size = 8
 
     @classmethod
-    def load(cls, folder, device="cpu"):
+    def load(cls, folder):
         note(folder.parents[2] if folder.name == "policy" else folder.parents[3], f"load {folder.name}")
         policy = cls()
         policy.skill = json.loads((folder / "policy.json").read_text())["skill"]
         return policy
 
-    def for_acting(self):
+    def for_acting(self, device):
         return self
 
     def predict(self, observations):
@@ -114,7 +114,7 @@ def install(set_module=sys.modules.__setitem__, set_attribute=setattr) -> None:
         "vlm4vla.data.record": {"record": record},
         "vlm4vla.training.imitation": {"train": train},
         "vlm4vla.training.examine": {"examine": lambda spec, size: Audit({"prompt": spec.backbone}, {"size": size})},
-        "vlm4vla.policy": {"Policy": Policy},
+        "vlm4vla.policy": {"Policy": Policy, "torch_device": str},
         "torch": {"set_num_threads": lambda threads: None},
     }.items():
         module = ModuleType(name)

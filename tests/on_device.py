@@ -16,7 +16,10 @@ from pretend_device import DEVICE, Pretend
 from test_families import SIZE, TWINS, drawn, each
 from test_imitation import QUIET, demonstrations, spec  # noqa: F401 (a fixture)
 from vlm4vla.backbones.vlm import Backbone
-from vlm4vla.policy import Policy
+from vlm4vla.convention import LIBERO
+from vlm4vla.data.normalize import Normalizer
+from vlm4vla.policy import Policy, untrained
+from vlm4vla.spec import RunSpec, TrainSpec
 from vlm4vla.training import imitation, loop
 from vlm4vla.types import Observation
 
@@ -139,6 +142,19 @@ def test_a_training_on_a_device_ends_with_the_cpus_weights_and_waits_only_where_
             assert all(torch.allclose(*pair, atol=1e-3) for pair in zip(ours, cpus, strict=True))
         waits.append({line: times for (package, line), times in device.waits.items() if package == "vlm4vla"})
     assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("treatment", ["full", "lora"])
+def test_a_policy_that_acts_in_bf16_is_moved_to_a_device_in_bf16(treatment):
+    run = RunSpec(treatment=treatment, training=TrainSpec(precision="bf16"))
+    vla = untrained(*tiny_families.draw("qwen3_vl"), run)
+    policy = Policy(vla, run, LIBERO, Normalizer.fit(np.eye(7, dtype=np.float32)), None, SIZE, {})
+    with Pretend() as device:
+        policy.for_acting(DEVICE)
+    kept = {id(value): value for value in (*vla.parameters(), *vla.buffers())}.values()
+    assert {value.device for value in kept} == {DEVICE}
+    assert device.moved == sum(value.nbytes for value in kept)
+    assert torch.bfloat16 in {value.dtype for value in kept}
 
 
 def test_a_policy_answers_on_a_device_as_on_the_cpu_and_waits_once(policy_folder):

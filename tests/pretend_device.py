@@ -64,6 +64,8 @@ class Pretend(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[tuple[str, str]] = Counter()
         """How often the CPU waited, by package (this one, transformers, none of both) and line."""
+        self.moved = 0
+        """Bytes that came from the CPU."""
 
     def __enter__(self) -> "Pretend":
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(values, device=...): made on the CPU and moved
@@ -96,6 +98,8 @@ class Pretend(TorchDispatchMode):
         made = func(*held_args, **held_kwargs)
         if not there:
             return made
+        if name in COPIES and not ours:
+            self.moved += made.nbytes
         made = pytree.tree_map_only(Tensor, OnDevice, made)
         return return_and_correct_aliasing(func, args, kwargs, made) if ours else made
 

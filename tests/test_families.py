@@ -12,6 +12,7 @@ pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[t
 from transformers.utils import is_timm_available
 
 import tiny_families
+from vlm4vla.backbones.adapters import is_adapter
 from vlm4vla.backbones.check import Check
 from vlm4vla.backbones.families import FAMILIES, family
 from vlm4vla.backbones.inputs import Inputs
@@ -20,10 +21,11 @@ from vlm4vla.convention import LIBERO
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.errors import UserError
 from vlm4vla.policy import Policy, untrained
-from vlm4vla.spec import RunSpec, TrainSpec
+from vlm4vla.spec import RunSpec, TrainSpec, TreatmentSpec
 from vlm4vla.training.processes import receive
 from vlm4vla.types import Observation
 
+CPU = torch.device("cpu")
 SIZE = 64
 """Not the side the families are made for: pictures have to be resized."""
 TWINS = {"idefics3", "glm46v", "llava", "qwen2_vl", "qwen3_vl_untied"}
@@ -77,17 +79,24 @@ def test_a_process_that_read_no_weight_receives_all_that_the_forward_pass_needs(
         assert torch.equal(blank(inputs), backbone(inputs))
 
 
+ADAPTED = TreatmentSpec.model_validate({"vision": "lora", "projector": "frozen", "llm": "lora"})
+
+
+@pytest.mark.parametrize("treatment", [pytest.param("full", id="full"), pytest.param(ADAPTED, id="adapted")])
 @pytest.mark.parametrize("name", each())
-def test_weights_that_are_cast_once_give_the_same_actions(name):
-    spec = RunSpec(query_init="normal", training=TrainSpec(precision="bf16"))
+def test_weights_that_are_cast_once_give_the_same_actions(name, treatment):
+    spec = RunSpec(query_init="normal", treatment=treatment, training=TrainSpec(precision="bf16"))
     vla = untrained(*tiny_families.draw(name), spec).eval()
+    with torch.no_grad():
+        for path, parameter in vla.named_parameters():
+            parameter.normal_(0, 0.1) if is_adapter(path) else None  # they add nothing at first
     actions = np.eye(7, dtype=np.float32)
     policy = Policy(vla, spec, LIBERO, Normalizer.fit(actions), None, SIZE, {})
     image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     look = [Observation({"main": image}, "push"), Observation({"main": image}, "pull it")]
     cast_each_time = [chunk.actions for chunk in policy.predict(look)]
     assert np.ptp(cast_each_time) > 0.1
-    assert np.array_equal([chunk.actions for chunk in policy.for_acting().predict(look)], cast_each_time)
+    assert np.array_equal([chunk.actions for chunk in policy.for_acting(CPU).predict(look)], cast_each_time)
     assert {p.dtype for p in vla.parameters()} == {torch.bfloat16, torch.float32}
 
 

@@ -119,14 +119,18 @@ class Policy:
         chunks = decode(*self.vla.read(hidden, state)).cpu().numpy()
         return [ActionChunk(self.actions.unnormalize(chunk), self.convention) for chunk in chunks]
 
-    def for_acting(self) -> "Policy":
+    def for_acting(self, device: torch.device) -> "Policy":
         """Give linear layers the weights that they compute with, where training kept more: as they are, each call of
-        ``predict`` casts them anew. The actions stay the same to the last bit; what is saved would not."""
+        ``predict`` casts them anew. The actions stay the same to the last bit; what is saved would not.
+
+        Only then the policy is moved to ``device``, which never holds the wider weights.
+        """
         if self.spec.training.precision == "bf16":
             head = self.vla.backbone.vlm.get_output_embeddings()  # not used, and often the embedding table itself
             for module in self.vla.backbone.modules():
                 if isinstance(module, nn.Linear) and module is not head:
                     module.to(torch.bfloat16)
+        self.vla.to(device)
         return self
 
     def _image(self, observation: Observation) -> np.ndarray:
@@ -187,9 +191,9 @@ class Policy:
         adapters.merge(self.vla.backbone.vlm)
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu", backbone: str | None = None) -> "Policy":
-        """Open a policy folder, or ``hub:owner/name``; nothing is unpickled, and nothing else is needed but for
-        adapters the VLM that they were trained on.
+    def load(cls, folder: Path | str, backbone: str | None = None) -> "Policy":
+        """Open a policy folder, or ``hub:owner/name``, on the CPU; nothing is unpickled, and nothing else is needed but
+        for adapters the VLM that they were trained on.
 
         Args:
             backbone: where that VLM is here, if not where it was in training.
@@ -236,7 +240,7 @@ class Policy:
             vla.load_state_dict(action, strict=False)
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: other shapes
             raise _damaged(path, error) from error
-        return cls(vla.to(torch_device(device)).eval(), spec, convention, actions, state, image_size, card)
+        return cls(vla.eval(), spec, convention, actions, state, image_size, card)
 
 
 def _adapted(spec: RunSpec, folder: Path, card: dict, policy: str, backbone: str) -> tuple[PreTrainedModel, Processor]:

@@ -142,10 +142,11 @@ def _evaluate_cell(cell: Cell, out: Path, store: Store, runtime: Runtime) -> Non
         if policy is None or loaded != run_id:
             import torch
 
-            from vlm4vla.policy import Policy
+            from vlm4vla.policy import Policy, torch_device
 
             torch.set_num_threads(runtime.threads)
-            policy, loaded = Policy.load(folders[run_id], runtime.device).for_acting(), run_id
+            device = torch_device(runtime.device)
+            policy, loaded = Policy.load(folders[run_id]).for_acting(device), run_id
         results = evaluate(
             policy,
             protocols.protocol(name),
