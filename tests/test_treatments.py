@@ -1,6 +1,7 @@
 """Treatments: frozen stays to the bit, trained moves, adapters are kept as such, parameters as many as published."""
 
 import json
+import shlex
 
 import numpy as np
 import peft
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import tiny_families
 from fake_sim import CONVENTION
 from full_size import CONFIGS, built, on_meta
+from vlm4vla.arguments import run_spec
 from vlm4vla.backbones import adapters, tiny, treatments
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import Backbone, parameters_hash, save_vlm
@@ -21,7 +23,7 @@ from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA, Policy
 from vlm4vla.serving.sources import opened
 from vlm4vla.skills.questions import words
-from vlm4vla.spec import TREATMENTS, VLM_GROUPS, RunSpec, TrainSpec, TreatmentSpec, parse
+from vlm4vla.spec import TREATMENTS, VLM_GROUPS, GroupSpec, RunSpec, TrainSpec, TreatmentSpec, parse
 from vlm4vla.types import Observation
 
 NAMES = ["cat", "ant"]
@@ -231,6 +233,18 @@ def test_ranks_and_targets_are_the_groups_own():
     assert {(name, rank) for group, name, rank in ranks if group == "llm"} == {("q_proj", 3)}
     scale = {m.scaling["default"] for m in vlm.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert scale == {16 / 2, 16 / 3}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "ovis2"])
+def test_a_group_without_linear_layers_gets_no_adapter_and_the_command_that_is_told_works(name):
+    with pytest.raises(UserError, match="which has no linear layer") as told:
+        treatments.treat(tiny_families.draw(name)[0], TREATMENTS["lora"])
+    _, override = shlex.split(told.value.next_step)
+    treated = run_spec(None, (override,)).treated
+    assert treated.name == "lora_without_projector"
+    assert treated.groups() == {**TREATMENTS["lora"].groups(), "projector": GroupSpec(mode="frozen")}
+    counted = treatments.count(treatments.treat(tiny_families.draw(name)[0], treated))
+    assert counted["projector"]["trained"] == 0 < counted["vision"]["trained"]
 
 
 def test_targets_that_no_layer_has_are_refused_with_those_it_has():

@@ -6,11 +6,14 @@ three-dimensional parameters and no linear layers, get none, and an audit says s
 layer of Qwen3-VL-30B-A3B in fp32, and exchanges parameters meanwhile, which FSDP2 does not bear.
 """
 
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm4vla.errors import UserError
-from vlm4vla.spec import GroupSpec
+from vlm4vla.spec import GroupSpec, TreatmentSpec
 
 NAME = "default"
 """peft's name for the only adapter; in a model's parameter names, not in the file."""
@@ -47,7 +50,7 @@ def without(group: Mapping[str, nn.Parameter]) -> dict[str, int]:
     return counts
 
 
-def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], modes: Mapping[str, GroupSpec]) -> None:
+def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], treatment: TreatmentSpec) -> None:
     """Put adapters beside the linear layers of every group whose mode is ``lora``; they change nothing at first.
 
     Raises:
@@ -56,7 +59,7 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
     linear = {name: module for name, module in vlm.named_modules() if isinstance(module, nn.Linear)}
     ranks: dict[str, int] = {}
     alphas: dict[str, int] = {}
-    for group, mode in modes.items():
+    for group, mode in treatment.groups().items():
         if mode.mode != "lora":
             continue
         assert mode.rank is not None
@@ -64,12 +67,18 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
         own = {id(parameter) for parameter in groups[group].values()}
         names = [name for name, module in linear.items() if id(module.weight) in own]
         found = [name for name in names if mode.targets is None or name.rpartition(".")[2] in mode.targets]
+        if not names:  # Gemma 3's projector is a matrix, Ovis2's a table
+            raise UserError(
+                f"adapters for the {group} of {type(vlm).__name__}, which has no linear layer",
+                f"a treatment that freezes it, or trains all of it, and says so: {group}: frozen, or {group}: trained",
+                f"--set {shlex.quote(f'treatment={_without(treatment, group)}')}",
+            )
         if not found:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
+            known = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(
                 f"no linear layer {list(mode.targets or ())} in {group} of {type(vlm).__name__}",
-                f"names among its linear layers: {known}",
-                f"mend treatment.{group}.targets, or set treatment.{group}.mode to frozen or trained",
+                f"names among its linear layers: {', '.join(known)}",
+                f"--set treatment.{group}.targets=[{known[0]}], or several of them",
             )
         ranks |= dict.fromkeys(found, mode.rank)
         alphas |= dict.fromkeys(found, mode.alpha)
@@ -82,6 +91,16 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
         alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
     )
     inject_adapter_in_model(config, vlm, NAME)
+
+
+def _without(treatment: TreatmentSpec, group: str) -> str:
+    """The treatment with this group frozen, as YAML in one line."""
+    groups: dict[str, Any] = {}
+    for name, mode in treatment.model_dump(exclude={"name"}, exclude_none=True).items():
+        plain = GroupSpec.model_validate(mode["mode"]).model_dump(exclude_none=True)
+        groups[name] = "frozen" if name == group else mode["mode"] if mode == plain else mode
+    values = {"name": f"{treatment.name}_without_{group}", **groups}
+    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=sys.maxsize).strip()
 
 
 def _exactly(name: str) -> str:

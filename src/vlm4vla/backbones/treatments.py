@@ -56,7 +56,7 @@ def treat(vlm: PreTrainedModel, treatment: TreatmentSpec) -> PreTrainedModel:
     if drawn:
         vlm = _draw(vlm, drawn)
     if any(group.mode == "lora" for group in modes.values()):
-        adapters.add(vlm, groups(vlm), modes)
+        adapters.add(vlm, groups(vlm), treatment)
     for name, parameters in groups(vlm).items():
         for path, parameter in parameters.items():
             mode = modes[name].mode if name in modes else "frozen"
