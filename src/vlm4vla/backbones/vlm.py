@@ -116,9 +116,8 @@ class Backbone(nn.Module):
         inputs = dict(inputs)
         labels, kept = inputs.pop("labels"), inputs.pop("kept")
         inputs |= self._seen(inputs.pop("images"))
-        # Logits of all positions would be large: a vocabulary for each token of each picture.
-        logits = self.vlm(**inputs, use_cache=False, logits_to_keep=kept).logits
-        logits = (logits if logits.shape[1] == len(kept) else logits[:, kept]).float()  # MiniCPM-V keeps all
+        with self._said_of(kept):
+            logits = self.vlm(**inputs, use_cache=False).logits.float()
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, kept + 1], ignore_index=-100, reduction="none")
         return losses.sum(1)
 
@@ -126,6 +125,17 @@ class Backbone(nn.Module):
         """What the model's forward is given of pictures."""
         pixels = self.inputs.pixels(images)
         return pixels if self.packed is None else pixels | self.packed.prepared(pixels["image_grid_thw"], images.device)
+
+    @contextmanager
+    def _said_of(self, kept: Tensor) -> Iterator[None]:
+        """The LM head sees the positions ``kept`` (P,) alone: logits of all would be large, a vocabulary for each token
+        of each picture. By a hook, for ``logits_to_keep`` is not every family's (MiniCPM-V)."""
+        head: Any = self.vlm.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: (args[0][:, kept], *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _query_at(self, shape: torch.Size, rows: Tensor, position: Tensor) -> Iterator[None]:

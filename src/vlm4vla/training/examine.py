@@ -267,5 +267,6 @@ def answers_bytes(vla: VLA, spec: RunSpec, image_size: int, talks: Sequence[Turn
     frame = inputs.tokens([INSTRUCTION], image_size, image_size)["input_ids"].shape[1]
     pictures = inputs.pixels(torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8))
     kept = [activation_bytes(vlm, spec, pictures, length, 0) for length in (made["labels"].shape[1], frame)]
-    logits = len(talks) * len(made["kept"]) * vlm.config.get_text_config().vocab_size
+    head: Any = vlm.get_output_embeddings()
+    logits = len(talks) * len(made["kept"]) * len(head.weight)
     return len(talks) * (kept[0] - kept[1]), LOGITS_BYTES * logits
