@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from accelerate.utils import LoggerType
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from test_imitation import demonstrations, spec  # noqa: F401 (a fixture)
 from vlm4vla.cli import cli
@@ -67,6 +68,14 @@ def test_a_tracker_is_told_what_the_file_of_metrics_has(run, stand_in):
     assert (config["identity"], config["steps"]) == (identity, 2)
     assert [{"step": step, **values} for step, values in rows] == read_metrics(out / "metrics.jsonl")
     assert finished == "finished"
+
+
+def test_a_training_that_is_refused_leaves_no_run_with_a_tracker(run, stand_in, tmp_path):
+    (tmp_path / "mine").mkdir()
+    save_file({}, tmp_path / "mine" / "checkpoint.safetensors", {"step": "1", "identity": "another"})
+    with pytest.raises(UserError, match="belongs to the run another"):
+        run("wandb")
+    assert not stand_in.told
 
 
 def test_a_tracker_that_does_not_start_is_told(run, stand_in, monkeypatch):

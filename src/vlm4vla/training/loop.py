@@ -126,8 +126,6 @@ def _fit(
     device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     parts = accelerator.num_processes * runtime.accumulate
     mine = range(rank * runtime.accumulate, (rank + 1) * runtime.accumulate)
-    if runtime.trackers:
-        _track(accelerator, out, {"identity": identity, **spec.model_dump()})
     model: Any = Step(objective)
     processes.place(model, accelerator, runtime.shard, spec.precision == "bf16")
     model = accelerator.prepare_model(model, evaluation_mode=runtime.shard)  # evaluation: no DDP around it
@@ -136,6 +134,8 @@ def _fit(
     trained = {name: p for name, p in objective.module.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()} if spec.ema else {}
     done = checkpoint.load(out, trained, average, optimizer, identity)
+    if runtime.trackers:  # not before: a training that is refused is no run
+        _track(accelerator, out, {"identity": identity, **spec.model_dump()})
     metrics = Metrics(out / "metrics.jsonl", done) if main else None
     exports = {round(spec.steps * (i + 1) / spec.checkpoints) for i in range(spec.checkpoints)}
 
@@ -279,10 +279,12 @@ def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: P
 
 
 def _track(accelerator: Accelerator, out: Path, config: dict[str, Any]) -> None:
-    """Start the trackers; what they write themselves lies in ``out`` where they can be told so (wandb, tensorboard).
+    """Start one new run with each tracker. wandb and tensorboard write their own files into ``out``; the others have no
+    setting for that.
 
-    A training that goes on is a further run of the same name: who is resumed under an old one refuses, or drops, the
-    steps between checkpoint and kill, which are made again.
+    A training that is resumed gets a new run too, of the same name and group. It cannot go on in its old run: that one
+    already has the steps between the last checkpoint and the kill, and trackers reject, or drop, a step that they are
+    told again.
     """
     name = f"{out.resolve().name}-{config['identity']}"
     own = {
