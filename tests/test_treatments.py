@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import tiny_families
 from fake_sim import CONVENTION
 from full_size import CONFIGS, built, on_meta
+from vlm4vla import hub
 from vlm4vla.arguments import run_spec
 from vlm4vla.backbones import adapters, tiny, treatments
 from vlm4vla.backbones.load import load_vlm
@@ -156,7 +157,7 @@ def test_adapters_of_a_packed_vision_tower_are_merged():
     torch.testing.assert_close(backbone(inputs), hidden, atol=1e-5, rtol=1e-5)
 
 
-def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images, tmp_path):
+def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images, tmp_path, monkeypatch):
     """Where it was in training there is nothing; other weights are refused; a merged policy needs it no more."""
     policy = trained_on(folder, spec_of("lora", backbone=str(tmp_path / "vlm")), images)
     (tmp_path / "policy").mkdir()
@@ -181,12 +182,20 @@ def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images,
     np.testing.assert_allclose(merged, policy.predict([look])[0].actions, atol=1e-5)
     with pytest.raises(UserError, match="which has its own"):
         Policy.load(tmp_path / "whole", backbone=str(folder))
-    where = {"eval": ["--protocol", "grinningface/place/val/v1"], "serve": []}
-    for verb, options in where.items():
-        arguments = [verb, str(tmp_path / "policy"), *options, "--device", "cpu"]
+    place = str(tmp_path / "policy")
+    for arguments in (
+        ["eval", place, "--protocol", "grinningface/place/val/v1", "--device", "cpu"],
+        ["serve", place, "--device", "cpu"],
+        ["policy", "push", place, "owner/name"],
+    ):
         assert "--backbone NAME" in CliRunner().invoke(cli, arguments).exception.next_step
         error = CliRunner().invoke(cli, [*arguments, "--backbone", str(tmp_path / "other")]).exception
         assert "other weights in the backbone" in error.found
+    pushed = []
+    monkeypatch.setattr(hub, "push", lambda *told: pushed.append(told))
+    done = CliRunner().invoke(cli, ["policy", "push", place, "owner/name", "--backbone", str(folder)])
+    assert done.exit_code == 0, done.exception
+    assert pushed == [(tmp_path / "policy", "owner/name", False)]
     for other in ("openpi://127.0.0.1:1", "random:data"):
         with pytest.raises(UserError, match="--backbone with"), opened(other, backbone=str(folder)):
             pass

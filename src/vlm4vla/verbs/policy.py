@@ -35,11 +35,12 @@ def policy_merge(folder: Path, out: Path, backbone: str | None) -> None:
 @click.argument("folder", metavar="POLICY", type=FOLDER)
 @click.argument("name", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Where the repository is made.")
-def policy_push(folder: Path, name: str, private: bool) -> None:
+@backbone_option
+def policy_push(folder: Path, name: str, private: bool, backbone: str | None) -> None:
     """Upload POLICY to the Hugging Face hub; hub:OWNER/NAME then names it wherever a policy folder does."""
     from vlm4vla.hub import PREFIX, push
     from vlm4vla.policy import Policy
 
-    Policy.load(folder)  # a damaged one stays here
+    Policy.load(folder, backbone)  # a damaged one stays here
     click.echo(push(folder, name, private))
     next_step("vlm4vla eval {} --protocol NAME", PREFIX + name.removeprefix(PREFIX))
