@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlm4vla.backbones.check import stock_attention
+from vlm4vla.backbones.check import stock
 from vlm4vla.backbones.load import load_config, load_processor
 from vlm4vla.backbones.vlm import auto_class
 from vlm4vla.convention import Convention
@@ -71,7 +71,7 @@ class Plain(torch.nn.Module):
         self.vla = vla
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        with stock_attention(self.vla.backbone):
+        with stock(self.vla.backbone):
             output = self.vla.backbone.vlm(**inputs, output_hidden_states=True)
         states = output.hidden_states if output.hidden_states is not None else [output.last_hidden_state]
         last = inputs["attention_mask"].sum(1) - 1

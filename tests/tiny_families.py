@@ -126,6 +126,14 @@ def qwen3_5() -> Family:
     return qwen("qwen3_5", words, 16, LINEAR | rope(1, 1, 0, partial_rotary_factor=0.25), VISION_3)
 
 
+@family
+def qwen3_5_moe() -> Family:
+    """One more expert, for every token, is a module of linear layers."""
+    words = qwen_tokenizer("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
+    text = LINEAR | rope(1, 1, 0, partial_rotary_factor=0.25) | EXPERTS | {"shared_expert_intermediate_size": 24}
+    return qwen("qwen3_5_moe", words, 16, text, VISION_3)
+
+
 # ------------------------------------------------------------------------------------------------- PaliGemma and Gemma
 
 
@@ -180,7 +188,7 @@ def gemma3() -> Family:
 
 
 @family
-def gemma4() -> Family:
+def gemma4(**text: Any) -> Family:
     form = gemma_template("<|turn>", "<turn|>", "<|image|>")
     named = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
     named |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
@@ -205,6 +213,7 @@ def gemma4() -> Family:
             "global_head_dim": 16,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 0,
+            **text,
         },
         {
             **VISION,
@@ -221,6 +230,13 @@ def gemma4() -> Family:
         audio_token_id=words.audio_token_id,
         video_token_id=processor.video_token_id,
     )
+
+
+@family
+def gemma4_moe() -> Family:
+    """The 26B-A4B: in each layer experts beside the usual feed-forward part, and no embeddings of its own."""
+    experts = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24}
+    return gemma4(hidden_size_per_layer_input=0, **experts)
 
 
 # ------------------------------------------------------------------------------------------------------------- Kosmos-2

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm4vla import __version__, hub
-from vlm4vla.backbones import adapters, treatments
+from vlm4vla.backbones import adapters, experts, treatments
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_vlm
 from vlm4vla.backbones.vlm import Backbone, parameters_hash, save_vlm
@@ -120,8 +120,8 @@ class Policy:
         return [ActionChunk(self.actions.unnormalize(chunk), self.convention) for chunk in chunks]
 
     def for_acting(self, device: torch.device) -> "Policy":
-        """Give linear layers the weights that they compute with, where training kept more: as they are, each call of
-        ``predict`` casts them anew. The actions stay the same to the last bit; what is saved would not.
+        """Give linear layers and experts the weights that they compute with, where training kept more: as they are,
+        each call of ``predict`` casts them anew. The actions stay the same to the last bit; what is saved would not.
 
         Only then the policy is moved to ``device``, which never holds the wider weights.
         """
@@ -130,6 +130,9 @@ class Policy:
             for module in self.vla.backbone.modules():
                 if isinstance(module, nn.Linear) and module is not head:
                     module.to(torch.bfloat16)
+            for _, mixture in experts.find(self.vla.backbone):
+                for matrix in experts.matrices(mixture).values():
+                    matrix.data = matrix.data.to(torch.bfloat16)
         self.vla.to(device)
         return self
 

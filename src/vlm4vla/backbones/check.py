@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm4vla.backbones import experts
 from vlm4vla.backbones.treatments import groups
 from vlm4vla.backbones.vlm import Backbone, auto_class, save_vlm
 from vlm4vla.errors import UserError
@@ -164,7 +165,7 @@ class Check:
             "attention_mask": mask(self.inputs),
             **self.backbone.inputs.pixels(self.inputs["images"]),
         }
-        with _word_is(self.backbone, word, last), stock_attention(self.backbone):
+        with _word_is(self.backbone, word, last), stock(self.backbone):
             hidden = self.backbone.core(**inputs, use_cache=False).last_hidden_state[rows, position]
         return self._close(hidden.float(), self.hidden)
 
@@ -273,17 +274,18 @@ def padded_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def stock_attention(backbone: Backbone) -> Iterator[None]:
-    """For a while, a packed vision tower runs as transformers would run it."""
-    if backbone.packed is None:
-        yield
-        return
-    config = backbone.packed.tower.config
-    kept, config._attn_implementation = config._attn_implementation, "sdpa"
+def stock(backbone: Backbone) -> Iterator[None]:
+    """For a while, a packed vision tower and experts run as transformers would run them."""
+    ours = [] if backbone.packed is None else [(backbone.packed.tower.config, "_attn_implementation", "sdpa")]
+    ours += [(part.config, "_experts_implementation", "grouped_mm") for _, part in experts.find(backbone.vlm)]
+    kept = [getattr(config, name) for config, name, _ in ours]
+    for config, name, theirs in ours:
+        setattr(config, name, theirs)
     try:
         yield
     finally:
-        config._attn_implementation = kept
+        for (config, name, _), value in zip(ours, kept, strict=True):
+            setattr(config, name, value)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from vlm4vla.backbones import experts
 from vlm4vla.backbones.families import family
 from vlm4vla.backbones.inputs import Inputs, Processor
 from vlm4vla.backbones.packed_vision import packed_vision
@@ -62,6 +63,7 @@ class Backbone(nn.Module):
         self.processor = processor
         self.inputs = Inputs(processor, family(vlm.config), compat, getattr(self.core, "get_rope_index", None))
         self.packed = packed_vision(vlm)
+        experts.use(vlm)
         self.hidden_size: int = vlm.config.get_text_config().hidden_size
         self.query = nn.Parameter(torch.zeros(self.hidden_size))
         embeddings: Any = vlm.get_input_embeddings()

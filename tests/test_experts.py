@@ -1,0 +1,83 @@
+"""Experts of a mixture: transformers' numbers, in the precision that is asked for."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
+
+import tiny_families
+from vlm4vla.backbones import experts
+from vlm4vla.convention import LIBERO
+from vlm4vla.data.normalize import Normalizer
+from vlm4vla.policy import Policy, untrained
+from vlm4vla.spec import RunSpec, TrainSpec
+
+T, E, K, D = 20, 6, 2, 16
+SIZES = {"hidden_size": D, "intermediate_size": 24, "moe_intermediate_size": 24}
+KINDS = {  # transposed, with a bias, a gate of its own; without a gate
+    "gpt_oss": (GptOssExperts, {"num_local_experts": E}),
+    "nemotron_h": (NemotronHExperts, {"n_routed_experts": E, "moe_latent_size": None}),
+    "qwen3_vl_moe": (Qwen3VLMoeTextExperts, {"num_experts": E}),
+    "gemma4": (Gemma4TextExperts, {"num_experts": E}),
+}
+
+
+def made(kind):
+    """Experts of one kind and what goes into them; one of them is chosen by no token."""
+    build, counts = KINDS[kind]
+    mixture = build(AutoConfig.for_model(kind).get_text_config().__class__(**SIZES, **counts))
+    mixture.config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    for parameter in mixture.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    chosen = torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)])
+    return mixture, (torch.randn(T, D), chosen, torch.rand(T, K).softmax(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_and_their_gradients_are_transformers_own(kind):
+    mixture, inputs = made(kind)
+    found = {}
+    for name in ("eager", experts.NAME):
+        mixture.config._experts_implementation = name
+        mixture.zero_grad()
+        out = mixture(*inputs)
+        out.square().sum().backward()
+        found[name] = [out.detach(), *(parameter.grad for parameter in mixture.parameters())]
+    assert found["eager"][0].std() > 0.1
+    for ours, theirs in zip(found[experts.NAME], found["eager"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_they_compute_in_bf16(kind, monkeypatch):
+    mixture, inputs = made(kind)
+    plain = mixture(*inputs)
+    mixture.config._experts_implementation = experts.NAME
+    product, seen = experts._grouped_linear, set()
+
+    def spied(x, weight, *args, **options):
+        seen.update({x.dtype, weight.dtype})
+        return product(x, weight, *args, **options)
+
+    monkeypatch.setattr(experts, "_grouped_linear", spied)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixture(*inputs)
+    assert seen == {torch.bfloat16}
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, plain, atol=0.05, rtol=0.05)
+    assert not torch.equal(out, plain)
+
+
+def test_a_backbones_experts_are_computed_here_and_cast_once_to_act():
+    spec = RunSpec(training=TrainSpec(precision="bf16"))
+    vla = untrained(*tiny_families.draw("qwen3_vl_moe"), spec).eval()
+    mixtures = [part for _, part in experts.find(vla)]
+    assert len(mixtures) == 3
+    assert {part.config._experts_implementation for part in mixtures} == {experts.NAME}
+    Policy(vla, spec, LIBERO, Normalizer.fit(np.eye(7, dtype=np.float32)), None, 64, {}).for_acting(torch.device("cpu"))
+    assert {p.dtype for part in mixtures for p in part.parameters()} == {torch.bfloat16}
