@@ -190,10 +190,11 @@ def test_several_sets_are_one(tmp_path):
 def test_no_two_sources_have_one_name(tmp_path):
     folder = demonstrations(tmp_path / "x.v1")
     mixture = [SourceSpec(folder=str(demonstrations(tmp_path / name / "x.v2"))) for name in "abc"]
-    for name in ("x.v2-2", "demonstrations"):
+    for name in ("x.v2-2", "demonstrations", "put (50%), süß"):
         mixture.append(SourceSpec(folder=str(demonstrations(tmp_path / name))))
+    mixture.append(SourceSpec(folder=str(folder / "meta" / "..")))
     names = Sources.open(DataSpec(folder="x", mixture=tuple(mixture)), folder).names
-    assert names == ("demonstrations", "x.v2", "x.v2-2", "x.v2-3", "x.v2-2-2", "demonstrations-2")
+    assert names == ("demonstrations", "x.v2", "x.v2-2", "x.v2-3", "x.v2-2-2", "demonstrations-2", "put-50-s-", "x.v1")
 
 
 def test_a_set_alone_is_itself(tmp_path):
