@@ -270,11 +270,30 @@ class Snatched(SimpleQueue):
         ("runs/nothing", {}, "policy.json"),
         ("runs/nothing", {"name": "x"}, "leave them out"),
         ("replay:runs/nothing", {}, "nothing"),
+        ("random:", {}, "random: without a folder"),
     ],
 )
 def test_what_is_not_said_is_asked_for(text, options, words):
     with pytest.raises(UserError, match=words), opened(text, "cpu", **options):
         pass
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("random:data", r"next: judge it: vlm4vla eval random:data --protocol NAME"),
+        ("openpi://host:1", r"next: judge it: vlm4vla eval openpi://host:1 --protocol NAME"),
+        ("runs/mine", r"no runs/mine/policy.json\n(.*)\nnext: name runs/mine/policy"),
+        ("runs/mien/policy", r"no runs/mien/policy/policy.json \(nearest in runs: mine\)"),
+    ],
+)
+def test_what_cannot_be_served_is_told_with_what_can(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "policy").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "policy" / "policy.json").touch()
+    told = CliRunner().invoke(cli, ["serve", text]).exception
+    assert isinstance(told, UserError)
+    assert re.search(words, str(told))
 
 
 @pytest.mark.parametrize(

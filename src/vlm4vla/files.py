@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlm4vla.errors import nearest
+
 
 def cache() -> Path:
     """Where what can be fetched again lies: ``$VLM4VLA_CACHE``, else ``$XDG_CACHE_HOME/vlm4vla``, else
@@ -21,6 +23,17 @@ def stays_inside(name: str) -> bool:
     inside the folder are its owner's, and may lead elsewhere."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def there(path: Path) -> Path:
+    """What there is of the way to ``path``, which leads nowhere."""
+    return next(parent for parent in path.parents if parent.is_dir())
+
+
+def beside(path: Path) -> str:
+    """What a path which leads nowhere may have meant: `` (nearest in runs: mine, demo)``, or nothing."""
+    others = [other.name for other in there(path).iterdir() if other.is_dir()]
+    return f" (nearest in {there(path)}: {nearest(path.relative_to(there(path)).parts[0], others)})" if others else ""
 
 
 @contextmanager

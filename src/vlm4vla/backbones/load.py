@@ -17,7 +17,8 @@ from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import hub_ids
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.vlm import auto_class
-from vlm4vla.errors import UserError, nearest
+from vlm4vla.errors import UserError
+from vlm4vla.files import beside, there
 
 EXPECTED = "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model in safetensors"
 FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError)
@@ -131,21 +132,9 @@ def _require_a_place(name: str) -> None:
     elif "/" not in name:
         raise UserError(f"no backbone {name!r}{_nearest(name)}", EXPECTED, "vlm4vla backbones list")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        mend = f"check the path: ls {shlex.quote(str(_there(folder)))}"
+        mend = f"check the path: ls {shlex.quote(str(there(folder)))}"
         mend = f"write the home folder out: {folder.expanduser()}" if folder.expanduser().is_dir() else mend
-        raise UserError(f"no folder {name}{_beside(folder)}", EXPECTED, mend)
-
-
-def _there(folder: Path) -> Path:
-    """What there is of the way to a folder."""
-    return next(parent for parent in folder.parents if parent.is_dir())
-
-
-def _beside(folder: Path) -> str:
-    """The folders that a path which leads nowhere may have meant."""
-    there = _there(folder)
-    others = [path.name for path in there.iterdir() if path.is_dir()]
-    return f" (nearest in {there}: {nearest(folder.relative_to(there).parts[0], others)})" if others else ""
+        raise UserError(f"no folder {name}{beside(folder)}", EXPECTED, mend)
 
 
 def _nearest(name: str) -> str:
@@ -180,7 +169,7 @@ def _cannot_open(name: str, error: Exception) -> UserError:
     if not folder and any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
         return UserError(
             f"no folder {name} here, no model of that name in the hub's cache, and the hub cannot be reached"
-            + (_beside(Path(name)) if Path(name).parent.is_dir() else _nearest(name)),
+            + (beside(Path(name)) if Path(name).parent.is_dir() else _nearest(name)),
             "a model in the local cache or in a folder",
             f"where the hub can be reached: hf download {name}; then copy the folder here",
         )

@@ -9,6 +9,7 @@ random:FOLDER                actions drawn evenly between a data set's smallest 
 """
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from pathlib import Path
 from vlm4vla import hub
 from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
+from vlm4vla.files import beside
 from vlm4vla.spec import content_hash
 from vlm4vla.types import BatchPolicy
 
 SERVERS = ("openpi", "starvla", "openvla")
+OF_DATA = ("replay", "random")
 ADDRESS = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9A-Fa-f:]+\]:[0-9]{1,5}")
 
 
@@ -64,16 +67,18 @@ def opened(
     server = separator == ":" and scheme in SERVERS
     if not server and (view is not None or name is not None):
         raise UserError(f"--baseline or --name with {text}", "another project's server", "leave them out")
-    if backbone is not None and (server or (separator and scheme in ("replay", "random"))):
+    if backbone is not None and (server or (separator and scheme in OF_DATA)):
         raise UserError(f"--backbone with {text}", "a policy folder, or hub:OWNER/NAME", "leave it out")
     if server:
         if not ADDRESS.fullmatch(address := rest.removeprefix("//").rstrip("/")):
             raise UserError(f"the address {text!r}", f"{scheme}://host:port", f"e.g. {scheme}://127.0.0.1:8000")
         with _remote(scheme, address, view, name, token) as source:
             yield source
-    elif separator and scheme in ("replay", "random"):
+    elif separator and scheme in OF_DATA:
         from vlm4vla.serving import replay
 
+        if not rest:
+            raise UserError(f"{text} without a folder", f"{scheme}:DATA", f"e.g. {scheme}:data/mine")
         yield getattr(replay, scheme)(Path(rest))
     else:
         yield checkpoint(text, device, backbone=backbone)
@@ -144,11 +149,18 @@ def checkpoint(text: str, device: str, threads: int | None = None, backbone: str
     Args:
         backbone: where the VLM that its adapters were trained on is here, if not where it was then.
     """
+    scheme, separator, _ = text.partition(":")
+    if separator and scheme in (*SERVERS, *OF_DATA):
+        mend = f"judge it: vlm4vla eval {shlex.quote(text)} --protocol NAME"
+        raise UserError(f"{text}, which is no policy of ours", "a policy folder, or hub:OWNER/NAME", mend)
     folder = hub.local(text)
     if not (folder / "policy.json").is_file():  # said before torch is imported
-        others = ", ".join([*(f"{server}://host:port" for server in SERVERS), "replay:DATA", "random:DATA"])
+        others = ", ".join([*(f"{server}://host:port" for server in SERVERS), *(f"{each}:DATA" for each in OF_DATA)])
+        below = [str(path.parent) for path in sorted(folder.glob("*/policy.json"))]  # a run's: policy
         raise UserError(
-            f"no {folder}/policy.json", f"a policy folder, or for eval one of {others}", "vlm4vla train --help"
+            f"no {folder}/policy.json{'' if folder.is_dir() else beside(folder)}",
+            f"a policy folder, or for eval one of {others}",
+            f"name {' or '.join(below)}" if below else "vlm4vla train --help",
         )
     import torch
 
