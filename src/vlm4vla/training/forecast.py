@@ -99,8 +99,17 @@ def gib_needed(
     sources: Sources | None = None,
     material: Material | None = None,
 ) -> tuple[float, float]:
-    """In each process, by an audit's ``sizes``: weights, gradients and moments; activations of one sample, the mean
-    over those that are worked on at a time."""
+    """Memory that each process needs, in GiB, estimated.
+
+    Args:
+        sizes: of the run's ``audit``.
+        sources, material: where they are here. Without them, all samples are taken for frames; with conversations among
+            them, what those take beyond frames is read off the first ``LOOKED_AT`` batches, and the largest counts.
+
+    Returns:
+        What stays (weights, gradients, Adam's moments), and the activations of one sample. Samples differ, so that is
+        the mean over the samples of one forward pass: times their number it gives the whole.
+    """
     states = sizes["states_gib"] / (processes if runtime.shard else 1)
     # With checkpointing a layer's activations are there at a time, and each layer's input: about twice a layer's share.
     share = 2 / max(2, len(units(vla))) if runtime.gradient_checkpointing else 1

@@ -28,7 +28,7 @@ TEXT_BYTES = 64
 
 
 def number() -> int:
-    """Of processes that ``torchrun`` or ``accelerate launch`` started to train together."""
+    """How many processes train together, as ``torchrun`` or ``accelerate launch`` say in ``WORLD_SIZE``; 1 without."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
