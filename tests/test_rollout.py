@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,13 @@ import pytest
 from PIL import Image
 
 from fake_sim import CONVENTION, FIRST_SEED, FakePolicy, FakeSim, protocol
+from vlm4vla.cli import main
 from vlm4vla.errors import UserError
 from vlm4vla.evaluation.execution import blend, delay_opening
 from vlm4vla.evaluation.rollout import TRIES, evaluate
+from vlm4vla.serving import sources
+from vlm4vla.serving.sources import Source
+from vlm4vla.sims import protocols
 from vlm4vla.sims.worker import Worker
 from vlm4vla.studies.store import Store
 
@@ -424,3 +429,45 @@ def test_progress_shows_success_with_its_interval(store, capsys):
     shown = capsys.readouterr().err
     assert f"success {successes / EPISODES:.0%} [" in shown
     assert f"{EPISODES}/{EPISODES}" in shown
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """``vlm4vla eval`` of the fake policy, with how many seeds crash its simulator -> exit status."""
+
+    @contextmanager
+    def opened(*_):
+        yield Source(FakePolicy(), "fake", 4, 8)
+
+    def evaluation(crashes, *options):
+        trouble = {str(FIRST_SEED + i): "raise" for i in range(crashes)}
+        monkeypatch.setattr(protocols, "protocol", lambda name: protocol(num_episodes=6, trouble=trouble))
+        monkeypatch.setattr(sys, "argv", ["vlm4vla", "eval", "it", "--protocol", "fake/line/v1", *options])
+        try:
+            main()
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    monkeypatch.setattr(sources, "opened", opened)
+    monkeypatch.chdir(tmp_path)
+    return evaluation
+
+
+def test_an_evaluation_with_faults_says_so_and_ends_with_status_2(command, capfd):
+    assert command(2) == 2
+    said = capfd.readouterr()
+    assert "n = 5, faults: 1\n" in said.out
+    assert "1 of 6 episodes that the infrastructure failed" in said.err
+    assert "the first, episode 1 of fake/line/v1: RuntimeError: the physics exploded\n" in said.err
+    assert "next: the same command again" in said.err
+    assert command(0) == 0
+    assert "n = 6\n" in capfd.readouterr().out
+
+
+def test_an_evaluation_runs_all_episodes_of_a_short_protocol_and_no_more(command, capfd):
+    assert command(0) == 0
+    assert "n = 6\n" in capfd.readouterr().out
+    assert command(0, "--episodes", "7") == 2
+    assert "--episodes 6" in capfd.readouterr().err
+    assert protocols.Protocol("any", "a simulator").episodes(None) == 100

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fake_sim
 import fake_stages
 from vlm4vla.errors import UserError
 from vlm4vla.sims import protocols
@@ -33,7 +34,7 @@ def _fakes(monkeypatch, tmp_path):
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text("import fake_stages\nfake_stages.install()\n")
-    monkeypatch.setenv("PYTHONPATH", f"{site}:{Path(__file__).parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{Path(__file__).parent}", prepend=os.pathsep)
     assert protocols.protocol is fake_stages.protocol
     monkeypatch.setattr(runner, "POLL_S", 0.05)
 
@@ -194,6 +195,18 @@ def test_a_cell_killed_by_a_signal_is_told_and_mended_by_rerunning(folder):
         run(small, folder, QUIET, jobs=2)
     run(small, folder, QUIET, jobs=2)
     assert {row.status for row in plan(small, folder).rows} == {"done"}
+
+
+def test_episodes_that_the_infrastructure_failed_are_told_with_the_reason(folder, monkeypatch):
+    troubled = fake_sim.protocol("fake/a/v1", trouble={str(fake_sim.FIRST_SEED + 1): "raise"})
+    with monkeypatch.context() as patch:
+        patch.setattr(protocols, "protocol", lambda name: troubled)
+        with pytest.raises(UserError) as failed:
+            run(study(), folder, QUIET)
+    assert str(failed.value).count("1 of 4 episodes that the infrastructure failed") == 2
+    assert "RuntimeError: the physics exploded" in str(failed.value)
+    run(study(), folder, QUIET)
+    assert {row.status for row in plan(study(), folder).rows} == {"done"}
 
 
 def test_a_failing_recording_fails_its_cells_only(folder, monkeypatch):

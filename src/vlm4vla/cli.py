@@ -138,7 +138,9 @@ cli.add_command(policy)
 @cli.command("eval")
 @click.argument("policy", metavar="POLICY")
 @click.option("--protocol", "protocols", multiple=True, required=True, help="Repeatable; see: vlm4vla sims protocols.")
-@click.option("--episodes", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option(
+    "--episodes", type=click.IntRange(min=1), help="Of each protocol. [default: 100, or all where it has fewer]"
+)
 @click.option("--store", "store_path", type=FILE, help="SQLite file of results. [default: eval.sqlite beside POLICY]")
 @click.option("--baseline", metavar="NAME|FILE", help="How another project's policy sees and acts (docs/serving.md).")
 @click.option("--name", help="What results shall call another project's policy.")
@@ -160,7 +162,7 @@ cli.add_command(policy)
 def evaluate(
     policy: str,
     protocols: tuple[str, ...],
-    episodes: int,
+    episodes: int | None,
     store_path: Path | None,
     baseline: str | None,
     name: str | None,
@@ -173,6 +175,7 @@ def evaluate(
     device: str,
 ) -> None:
     """Judge POLICY in closed loop; finished episodes are kept, run again to resume.
+    Status 2 where episodes ended in faults of the infrastructure.
 
     \b
     POLICY is a folder, hub:OWNER/NAME, openpi://host:port, starvla://host:port,
@@ -180,7 +183,8 @@ def evaluate(
     """
     from vlm4vla.sims.protocols import protocol
 
-    wanted = [protocol(each) for each in protocols]  # a misspelt one is found before anything is loaded
+    wanted = [(each, each.episodes(episodes)) for each in map(protocol, protocols)]  # wrong ones before loading
+    from vlm4vla.evaluation.faults import require_decided
     from vlm4vla.evaluation.rollout import evaluate as roll_out
     from vlm4vla.serving.sources import album, home, opened
     from vlm4vla.studies.stats import credit_lines, summarise
@@ -190,11 +194,12 @@ def evaluate(
         folder = home(policy, source)
         strip_folder, video_folder = (folder / kind / album(policy) for kind in ("strips", "videos"))
         with Store(store_path or folder / "eval.sqlite") as store:
-            for each in wanted:
+            everything = []
+            for each, number in wanted:
                 results = roll_out(
                     source.policy,
                     each,
-                    episodes,
+                    number,
                     store,
                     source.name,
                     image_size=source.image_size,
@@ -208,11 +213,11 @@ def evaluate(
                     video_folder=video_folder,
                 )
                 rate = summarise(results)
-                click.echo(
-                    f"{each.name}: success {rate}" + (f", {rate.faults} faults (run again)" if rate.faults else "")
-                )
+                click.echo(f"{each.name}: success {rate}" + (f", faults: {rate.faults}" if rate.faults else ""))
+                everything += results
                 for line in credit_lines(results):
                     click.echo(f"  {line}")
+            require_decided(everything, str(store.path), "the same command again: only these are repeated")
     next_step("film strips in {}; compare treatments: vlm4vla study plan --help", strip_folder)
 
 

@@ -18,6 +18,8 @@ DEMO_SEED = 0
 """Demonstration ``i`` of a recording is episode seed ``DEMO_SEED + recording_seed * 1_000_000 + i`` (< 100 M)."""
 V1_SEED = 100_000_000
 DEV_SEED = 200_000_000
+EPISODES = 100
+"""What an evaluation runs where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,24 @@ class Protocol:
         """Fields that are None are left out: a field that is added later changes no identity."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def episodes(self, asked: int | None) -> int:
+        """How many to run: those asked for; without that ``EPISODES``, or all where there are fewer.
+
+        Raises ``UserError`` where more are asked for than there are.
+        """
+        if asked is None:
+            return min(EPISODES, self.num_episodes or EPISODES)
+        self.check_episodes(asked)
+        return asked
+
     def check_episodes(self, episodes: int) -> None:
         """Raises ``UserError`` where there are not so many."""
         if self.num_episodes is not None and episodes > self.num_episodes:
-            raise UserError(f"{episodes} episodes of {self.name}", f"at most {self.num_episodes}", "ask for fewer")
+            raise UserError(
+                f"{episodes} episodes of {self.name}",
+                f"at most {self.num_episodes}",
+                f"ask for {self.num_episodes} (eval: --episodes {self.num_episodes})",
+            )
 
 
 def _grinningface() -> list[Protocol]:

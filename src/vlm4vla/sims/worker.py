@@ -321,8 +321,8 @@ def main(parent: int) -> None:
             except UserError as error:
                 parts = frame({"user_error": [error.found, error.expected, error.next_step]}, {})
             except Exception as error:
-                told = {"error": traceback.format_exc()[-STDERR_TAIL:], "refused": isinstance(error, ValueError)}
-                parts = frame(told, {})
+                words = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-STDERR_TAIL:]}"
+                parts = frame({"error": words, "refused": isinstance(error, ValueError)}, {})
             write(replies, parts)
     if server.sim is not None:
         server.sim.close()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vlm4vla.audit import Audit, require_declared
 from vlm4vla.errors import UserError
+from vlm4vla.evaluation.faults import require_decided
 from vlm4vla.evaluation.rollout import evaluate
 from vlm4vla.files import write_text
 from vlm4vla.locks import locked
@@ -135,7 +136,7 @@ def _evaluate_cell(cell: Cell, out: Path, store: Store, runtime: Runtime) -> Non
     folders = {cell.run_id: out / "policy"}
     folders |= {curve_id(cell.run_id, s): out / "policies" / f"step-{s:06d}" for s in curve_steps(cell.run)}
     policy, loaded = None, ""
-    undecided = 0
+    done = []
     for run_id, name, episodes in cell.wanted():
         if store.finished(run_id, name, episodes) == episodes:
             continue
@@ -147,7 +148,7 @@ def _evaluate_cell(cell: Cell, out: Path, store: Store, runtime: Runtime) -> Non
             torch.set_num_threads(runtime.threads)
             device = torch_device(runtime.device)
             policy, loaded = Policy.load(folders[run_id]).for_acting(device), run_id
-        results = evaluate(
+        done += evaluate(
             policy,
             protocols.protocol(name),
             episodes,
@@ -159,13 +160,7 @@ def _evaluate_cell(cell: Cell, out: Path, store: Store, runtime: Runtime) -> Non
             strips=out / "strips" if run_id == cell.run_id else None,
             num_strips=STRIPS,
         )
-        undecided += sum(result.success is None for result in results)
-    if undecided:
-        raise UserError(
-            f"{undecided} episodes of {cell.run_id} that the infrastructure failed (see `fault` in {store.path.name})",
-            "a success or a failure for each",
-            "run the study again: only these are repeated",
-        )
+    require_decided(done, store.path.name, "run the study again: only these are repeated")
 
 
 def _record(cells: dict[str, Cell], folder: Path, runtime: Runtime) -> list[Failure]:
