@@ -13,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, LlavaModel
 
+import tiny_families
 from vlm4vla.backbones import tiny
 from vlm4vla.backbones.families import Family
 from vlm4vla.backbones.inputs import Inputs
@@ -161,10 +162,34 @@ def test_code_of_a_models_repository_is_not_run_whatever_the_terminal_says(file,
     assert not ran.exists()
 
 
-def test_a_folder_without_a_processor_of_pictures_is_named(folder):
+def test_a_folder_without_a_processor_is_told_how_to_write_one(folder):
     (folder / "processor_config.json").unlink()
-    with pytest.raises(UserError, match="processor"):
+    with pytest.raises(UserError, match=r"without its processor(.|\n)*next: write it beside the weights: "):
         load_processor(str(folder))
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path):
+    pytest.importorskip("torchvision", reason="make setup, or pip install 'vlm4vla[train]'")
+    for part in tiny_families.FAMILIES["qwen3_vl"]():
+        part.save_pretrained(tmp_path)
+    assert load_processor(str(tmp_path))
+    for path in tmp_path.glob("tokenizer*.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="whose tokenizer has no words"):
+        load_processor(str(tmp_path))
+
+
+def test_weights_of_another_size_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", text_config=config["text_config"] | {"intermediate_size": 24})
+    with pytest.raises(UserError, match=r"9 have another size .* says \(.*mlp.* instead of \(128, 24\)"):
+        load_vlm(str(folder))
+
+
+def test_pickled_weights_are_told_from_missing_ones(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled, which are never read"):
+        load_vlm(str(folder))
 
 
 def test_weights_that_are_not_there_are_not_drawn_at_random(folder):

@@ -280,14 +280,14 @@ def test_each_group_has_its_own_learning_rate():
     [
         ("skratch", r"treatment: no treatment of that name \(nearest: scratch"),
         ({"vison": "frozen"}, r"treatment\.vison: unknown key \(nearest: vision\)"),
-        ({"vision": "frozn"}, r"treatment\.vision\.mode: Input should be"),
+        ({"vision": "frozn"}, r"treatment\.vision\.mode: should be"),
         ({"vision": {"mode": "lora", "rnk": 3}}, r"treatment\.vision\.rnk: unknown key \(nearest: rank\)"),
         ({"vision": {"mode": "frozen", "rank": 3}}, "which mode lora has and no other"),
         ({"vision": {"mode": "frozen", "learning_rate": 1}}, "a learning rate for frozen parameters"),
         ({"word_embedding": "lora"}, "adapters are for linear layers"),
         ({"name": "full", "vision": "frozen"}, "the name of another treatment"),
         (dict.fromkeys([*VLM_GROUPS, "head"], "frozen"), "nothing would be trained"),
-        ({"head": "scratch"}, r"treatment\.head\.mode: Input should be"),
+        ({"head": "scratch"}, r"treatment\.head\.mode: should be"),
     ],
 )
 def test_mistakes_are_named(treatment, message):

@@ -361,7 +361,8 @@ def load_yaml(path: Path | str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}", "valid YAML", f"mend {path}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}", "a mapping of keys to values", f"mend {path}")
+        held = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path} holds {held}", "a mapping of keys to values", f"mend {path}")
     return values
 
 
@@ -384,12 +385,19 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
                 hint = f" (nearest: {nearest(str(key), known)})" if known else ""
                 problems.append(f"{where}: unknown key{hint}")
             else:
-                problems.append(f"{where}: {item['msg']}, found {item['input']!r}")
+                problems.append(f"{where}: {_in_words(item)}, found {item['input']!r}")
         raise UserError(
             f"{source}: " + "; ".join(problems),
             f"the keys of {model.__name__} in src/{model.__module__.replace('.', '/')}.py",
             f"mend {source}",
         ) from error
+
+
+def _in_words(item: Any) -> str:
+    """pydantic's message, without the words that are its own."""
+    if item["type"] == "model_type":
+        return "should be a section, with keys of its own"
+    return item["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
 
 
 def _section(annotation: Any) -> Any:

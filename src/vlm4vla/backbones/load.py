@@ -21,6 +21,7 @@ from vlm4vla.errors import UserError
 from vlm4vla.files import beside, there
 
 EXPECTED = "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model in safetensors"
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 """What transformers raises for files that it cannot find or make sense of."""
 
@@ -41,9 +42,18 @@ def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
             use_safetensors=True,
             trust_remote_code=False,  # by default transformers asks on the terminal
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, as an error of ours
         )
     except FAILURES as error:
         raise _cannot_open(name, error) from error
+    if others := sorted(found["mismatched_keys"]):
+        path, there, here = others[0]
+        raise UserError(
+            f"backbone {name!r}, of whose weights {len(others)} have another size than its config.json says "
+            f"({path}: {tuple(there)} instead of {tuple(here)}, ...)",
+            f"the weights and the configuration of one {type(vlm).__name__}",
+            _mend(name),
+        )
     if absent := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise UserError(
             f"backbone {name!r} lacks {len(absent)} of its weights ({', '.join(absent[:3])}, ...)",
@@ -98,6 +108,14 @@ def load_config(name: str) -> PretrainedConfig:
 
 def load_processor(name: str) -> Processor:
     """Raises: UserError: there is none, or not of pictures and text."""
+    folder = Path(_source(name))
+    if folder.is_dir() and not any((folder / file).is_file() for file in PROCESSOR):
+        raise UserError(
+            f"backbone {name!r} without its processor: there is no {' or '.join(PROCESSOR)}",
+            "all that save_pretrained writes, of the model and of its processor",
+            "write it beside the weights: "
+            f"AutoProcessor.from_pretrained(ID).save_pretrained({str(folder)!r}), ID being the model it was made from",
+        )
     try:
         processor = AutoProcessor.from_pretrained(_source(name), trust_remote_code=False)
     except FAILURES as error:
@@ -108,6 +126,9 @@ def load_processor(name: str) -> Processor:
             "a processor of pictures and text (processor_config.json or preprocessor_config.json)",
             _mend(name),
         )
+    if len(processor.tokenizer) <= len(processor.tokenizer.all_special_tokens):  # transformers makes an empty one
+        found = f"backbone {name!r}, whose tokenizer has no words"
+        raise UserError(found, "tokenizer.json, or what else its tokenizer is kept in", _mend(name))
     return processor
 
 
@@ -145,7 +166,10 @@ def _nearest(name: str) -> str:
 
 
 def _mend(name: str) -> str:
-    if Path(_source(name)).is_dir():
+    folder = Path(_source(name))
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return "its weights are pickled, which are never read: write them again with save_pretrained of transformers 5"
+    if folder.is_dir():
         return "make or copy that folder again"
     return f"check the name, or download it: hf download {name}"
 
