@@ -342,9 +342,8 @@ def yaml_file(name: str, what: str, folder: Path) -> Path:
         UserError: neither; the nearest names are told.
     """
     shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    path = Path(name)
-    if path.is_file() or name in shipped:
-        return path if path.is_file() else shipped[name]
+    if Path(name).is_file() or name in shipped:
+        return Path(name) if Path(name).is_file() else shipped[name]
     raise UserError(
         f"no {what} {name!r} (nearest: {nearest(name, list(shipped))})",
         f"one of {', '.join(shipped)}, or a YAML file",
@@ -361,7 +360,7 @@ def load_yaml(path: Path | str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}", "valid YAML", f"mend {path}") from error
     if not isinstance(values, dict):
-        held = "nothing" if values is None else f"a {type(values).__name__}"
+        held = type(values).__name__ if values else "nothing"
         raise UserError(f"{path} holds {held}", "a mapping of keys to values", f"mend {path}")
     return values
 
@@ -385,19 +384,13 @@ def parse(model: type[Model], values: dict, source: str) -> Model:
                 hint = f" (nearest: {nearest(str(key), known)})" if known else ""
                 problems.append(f"{where}: unknown key{hint}")
             else:
-                problems.append(f"{where}: {_in_words(item)}, found {item['input']!r}")
+                said = item["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
+                problems.append(f"{where}: {said}, found {item['input']!r}")
         raise UserError(
             f"{source}: " + "; ".join(problems),
             f"the keys of {model.__name__} in src/{model.__module__.replace('.', '/')}.py",
             f"mend {source}",
         ) from error
-
-
-def _in_words(item: Any) -> str:
-    """pydantic's message, without the words that are its own."""
-    if item["type"] == "model_type":
-        return "should be a section, with keys of its own"
-    return item["msg"].removeprefix("Value error, ").replace("Input should", "should", 1)
 
 
 def _section(annotation: Any) -> Any:
