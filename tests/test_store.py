@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from vlm4vla.errors import UserError
+from vlm4vla.errors import UserError, mendable
 from vlm4vla.studies.store import Store
 from vlm4vla.types import EpisodeResult
 
@@ -63,6 +63,23 @@ def test_runs_change_field_by_field(tmp_path):
         with pytest.raises(ValueError, match="nearest: seconds"):
             store.set_run("b", second=1)
         assert store.runs()["b"] == row
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_as_such(tmp_path):
+    path = tmp_path / "r.sqlite"
+    with Store(path) as store:
+        full = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {full}")
+        writes = (lambda i: store.add("a", episode(i)), lambda i: store.declare(str(i), {"rule": "x" * 500}))
+        for write in writes:
+            with pytest.raises(OSError, match="No space left") as refused:
+                [write(i) for i in range(1000)]
+            assert "free some space" in mendable(refused.value).next_step
+        assert len(store.results("a", "fake/v1")) < 1000, "what fitted is kept"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"Permission denied.*folder") as refused:
+        Store(tmp_path / "folder")
+    assert "another folder" in mendable(refused.value).next_step
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "overwritten", "foreign", "newer"])

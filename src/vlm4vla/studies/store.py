@@ -4,7 +4,9 @@ WAL mode lets a report read while several evaluations write. WAL needs a local f
 """
 
 import csv
+import errno
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -57,17 +59,27 @@ class RunRow:
     """Unix time."""
 
 
+UNWRITABLE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
+"""What SQLite says of a disk or folder, as the system says it (``errors.mendable`` knows what to do then)."""
+
+
 class Store:
     """Opens ``path``, creating it where it does not exist. Not to be shared between threads.
 
     Raises:
         UserError: the file is damaged, of another kind, or of another version.
+        OSError: it cannot be written (so do all methods that write).
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+        with self._writing():
+            self._db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -119,14 +131,25 @@ class Store:
         return self._db.execute(f"PRAGMA {name}").fetchone()[0]
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _writing(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if (number := UNWRITABLE.get(error.sqlite_errorcode & 0xFF)) is None:  # the lower byte says of which kind
+                raise
+            raise OSError(number, os.strerror(number), str(self.path)) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._writing():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
     def close(self) -> None:
         self._db.close()
@@ -145,11 +168,12 @@ class Store:
         values |= {name: json.dumps(values[name], sort_keys=True) for name in JSON_COLUMNS}
         if result.success is not None:
             values["success"] = int(result.success)
-        self._db.execute(
-            f"INSERT INTO episodes (run_id, {', '.join(COLUMNS)}) VALUES (:run_id, :{', :'.join(COLUMNS)}) "
-            f"ON CONFLICT DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS)} WHERE success IS NULL",
-            {"run_id": run_id, **values},
-        )
+        with self._writing():
+            self._db.execute(
+                f"INSERT INTO episodes (run_id, {', '.join(COLUMNS)}) VALUES (:run_id, :{', :'.join(COLUMNS)}) "
+                f"ON CONFLICT DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS)} WHERE success IS NULL",
+                {"run_id": run_id, **values},
+            )
 
     def results(self, run_id: str, protocol: str) -> list[EpisodeResult]:
         """Episodes of a run under a protocol in their order, faults included."""
