@@ -267,6 +267,7 @@ class Snatched(SimpleQueue):
         ("openvla://localhost", {"view": "openvla_bridge", "name": "x"}, "host:port"),
         ("openvla://a b:1/x?y", {"view": "openvla_bridge", "name": "x"}, "host:port"),
         ("openpi://127.0.0.1:1", {}, "no answer"),
+        ("openpi://127.0.0.1:99999", {}, "openpi://host:port"),
         ("runs/nothing", {}, "policy.json"),
         ("runs/nothing", {"name": "x"}, "leave them out"),
         ("replay:runs/nothing", {}, "nothing"),

@@ -230,3 +230,10 @@ def test_workers_end_with_their_parent():
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
     assert all(gone(pid) for pid in pids)
+
+
+def test_an_interpreter_that_is_no_program_is_refused(tmp_path):
+    (tmp_path / "python").write_text("not a program\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(UserError, match="which is no program"):
+        Worker("fake_sim:FakeSim", {}, python=str(tmp_path / "python"))

@@ -218,7 +218,7 @@ def evaluate(
                 for line in credit_lines(results):
                     click.echo(f"  {line}")
             require_decided(everything, str(store.path), "the same command again: only these are repeated")
-    next_step("film strips in {}; compare treatments: vlm4vla study plan --help", strip_folder)
+    next_step(("film strips in {}; " if strips else "") + "compare treatments: vlm4vla study plan --help", strip_folder)
 
 
 cli.add_command(serve)

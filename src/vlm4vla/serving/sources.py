@@ -26,6 +26,8 @@ SERVERS = ("openpi", "starvla", "openvla")
 OF_DATA = ("replay", "random")
 ADDRESS = re.compile(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9A-Fa-f:]+\]:[0-9]{1,5}")
 
+LAST_PORT = 65535
+
 
 @dataclass(frozen=True)
 class Source:
@@ -70,7 +72,8 @@ def opened(
     if backbone is not None and (server or (separator and scheme in OF_DATA)):
         raise UserError(f"--backbone with {text}", "a policy folder, or hub:OWNER/NAME", "leave it out")
     if server:
-        if not ADDRESS.fullmatch(address := rest.removeprefix("//").rstrip("/")):
+        address = rest.removeprefix("//").rstrip("/")
+        if not ADDRESS.fullmatch(address) or int(address.rpartition(":")[2]) > LAST_PORT:
             raise UserError(f"the address {text!r}", f"{scheme}://host:port", f"e.g. {scheme}://127.0.0.1:8000")
         with _remote(scheme, address, view, name, token) as source:
             yield source

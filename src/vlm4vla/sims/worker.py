@@ -14,6 +14,7 @@ wait for a parent that is busy. The worker ends when its stdin closes or its par
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -98,15 +99,21 @@ class Worker:
         """Start the process and send it ``make``."""
         # Of its own session: Ctrl-C reaches only the parent, which ends its workers in order, and a simulator's own
         # child processes die with it.
-        self._process = subprocess.Popen(
-            [self._python, "-c", BOOTSTRAP, str(Path(sims.__file__).parents[1]), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ},
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [self._python, "-c", BOOTSTRAP, str(Path(sims.__file__).parents[1]), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ},
+                start_new_session=True,
+            )
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            found = f"{self._python}, which is no program"
+            raise UserError(found, "a Python interpreter", "name one: --sim-python /path/to/bin/python") from error
         stdin, out, err = self._process.stdin, self._process.stdout, self._process.stderr
         assert stdin is not None
         assert out is not None
