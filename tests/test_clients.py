@@ -295,6 +295,9 @@ def test_what_cannot_be_served_is_told_with_what_can(text, words, tmp_path, monk
     told = CliRunner().invoke(cli, ["serve", text]).exception
     assert isinstance(told, UserError)
     assert re.search(words, str(told))
+    if ":" not in text:
+        told = CliRunner().invoke(cli, ["policy", "merge", text, "--out", "x"]).exception
+        assert re.search(words, str(told))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm4vla.errors import UserError
+from vlm4vla.files import beside
 
 PREFIX = "hub:"
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.md")
@@ -23,6 +24,26 @@ def split(name: str) -> tuple[str, str]:
 def local(source: Path | str) -> Path:
     """A folder as it is; of ``hub:owner/name`` the local copy, see ``fetch``."""
     return fetch(str(source)) if str(source).startswith(PREFIX) else Path(source)
+
+
+def policy_folder(source: Path | str, others: str = "") -> Path:
+    """``local`` of a policy.
+
+    Args:
+        others: what else may be named there, told in the error.
+
+    Raises:
+        UserError: there is no policy; and see ``fetch``.
+    """
+    folder = local(source)
+    if (folder / "policy.json").is_file():
+        return folder
+    below = [str(path.parent) for path in sorted(folder.glob("*/policy.json"))]  # a run's: policy
+    raise UserError(
+        f"no {folder}/policy.json{'' if folder.is_dir() else beside(folder)}",
+        f"a policy folder{others}",
+        f"name {' or '.join(below)}" if below else "train one: vlm4vla train --help",
+    )
 
 
 def fetch(name: str) -> Path:

@@ -204,10 +204,8 @@ class Policy:
         Raises:
             UserError: not a policy folder, a damaged one, one of another format, or adapters without their VLM.
         """
-        name, folder = str(folder), hub.local(folder)
+        name, folder = str(folder), hub.policy_folder(folder)
         path = folder / "policy.json"
-        if not path.is_file():
-            raise UserError(f"no {path}", "a policy folder", "train one: vlm4vla train --help")
         try:
             values = json.loads(path.read_text())
             known = values.get("format") == FORMAT

@@ -18,7 +18,6 @@ from pathlib import Path
 from vlm4vla import hub
 from vlm4vla.convention import Convention
 from vlm4vla.errors import UserError
-from vlm4vla.files import beside
 from vlm4vla.spec import content_hash
 from vlm4vla.types import BatchPolicy
 
@@ -156,15 +155,8 @@ def checkpoint(text: str, device: str, threads: int | None = None, backbone: str
     if separator and scheme in (*SERVERS, *OF_DATA):
         mend = f"judge it: vlm4vla eval {shlex.quote(text)} --protocol NAME"
         raise UserError(f"{text}, which is no policy of ours", "a policy folder, or hub:OWNER/NAME", mend)
-    folder = hub.local(text)
-    if not (folder / "policy.json").is_file():  # said before torch is imported
-        others = ", ".join([*(f"{server}://host:port" for server in SERVERS), *(f"{each}:DATA" for each in OF_DATA)])
-        below = [str(path.parent) for path in sorted(folder.glob("*/policy.json"))]  # a run's: policy
-        raise UserError(
-            f"no {folder}/policy.json{'' if folder.is_dir() else beside(folder)}",
-            f"a policy folder, or for eval one of {others}",
-            f"name {' or '.join(below)}" if below else "vlm4vla train --help",
-        )
+    others = ", ".join([*(f"{server}://host:port" for server in SERVERS), *(f"{each}:DATA" for each in OF_DATA)])
+    folder = hub.policy_folder(text, f", or for eval one of {others}")  # said before torch is imported
     import torch
 
     from vlm4vla.policy import Policy, torch_device, weights_hash
