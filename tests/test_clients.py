@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import socket
 import threading
@@ -434,7 +435,7 @@ def test_a_served_checkpoint_acts_as_the_folder_does(policy_folder):
 
 
 def test_the_episode_loop_takes_any_source(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", TESTS)
+    monkeypatch.setenv("PYTHONPATH", TESTS, prepend=os.pathsep)
     options = {"image_size": 8, "workers": 2, "progress": False}
     with Store(tmp_path / "results.sqlite") as store:
         local = evaluate(FakePolicy(), protocol(), 6, store, "local", **options)

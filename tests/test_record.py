@@ -177,8 +177,8 @@ if __name__ == "__main__":
 def start_slow(tmp_path, log):
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
-    here = str(Path(__file__).parent)
-    env = {**os.environ, "EXPERT_LOG": str(log), "PYTHONPATH": here}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "EXPERT_LOG": str(log), "PYTHONPATH": path}
     return subprocess.Popen([sys.executable, str(script), str(tmp_path / "demos")], env=env)
 
 

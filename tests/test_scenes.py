@@ -33,7 +33,8 @@ def test_a_rendering_process_that_dies_is_told(tmp_path, monkeypatch):
 
 
 def test_rendering_processes_end_with_their_parent(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     parent = subprocess.Popen([sys.executable, "-c", HANG, str(tmp_path)], env=environment)
     end = time.monotonic() + 30
     while not (written := [path.read_text() for path in tmp_path.glob("*.npz")]) or not written[0]:

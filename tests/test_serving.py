@@ -455,6 +455,19 @@ def test_a_port_that_is_taken_is_told():
             pass
 
 
+def test_what_cannot_be_listened_on_is_told():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"found: port {port} on 127.0.0.1"), running(ports=(("openpi", port),)):
+            pass
+    # Neither a name nor an address; one of the networks that are kept for documentation (RFC 5737).
+    for host in ("no such host", "192.0.2.1"):
+        with pytest.raises(UserError, match=f"found: --host {host}"), running(host=host):
+            pass
+
+
 def test_listen():
     assert listening(()) == (("openpi", 8000), ("vla-eval", 8001), ("starvla", 10093))
     assert listening(("openpi", "starvla=0")) == (("openpi", 8000), ("starvla", 0))

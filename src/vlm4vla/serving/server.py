@@ -10,10 +10,12 @@ nothing unpickled. A slow or vanished client holds up nobody: its request leaves
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import json
 import logging
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -153,6 +155,12 @@ class Server:
                 logger=SILENT,
             )
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(
+                    f"--host {self._settings.host} ({error.strerror})",
+                    "an address of this machine",
+                    "leave it out for 127.0.0.1, or name 0.0.0.0 for all of this machine's",
+                ) from error
             raise UserError(
                 f"port {port} on {self._settings.host} cannot be had ({error.strerror})",
                 f"a free port for {name}",
