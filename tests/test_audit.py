@@ -6,12 +6,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+import tiny_families
 from conftest import VAL
-from full_size import built
+from full_size import CONFIGS, built
 from test_processes import job  # noqa: F401 (a fixture)
 from vlm4vla.audit import CHOICES, Audit, differences, require_declared, text
+from vlm4vla.backbones import treatments
 from vlm4vla.backbones.load import load_vlm
+from vlm4vla.backbones.vlm import Backbone
 from vlm4vla.cli import cli
 from vlm4vla.errors import UserError
 from vlm4vla.policy import VLA
@@ -36,6 +40,31 @@ def test_activations_are_estimated_within_a_tenth_of_what_was_measured(name):
     pictures = {"pixel_values": torch.empty(shape, device="meta")}
     estimate = examine.activation_bytes(built(name), BF16, pictures, length, tokens) / examine.GIB
     assert estimate == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize(("treatment", "mib"), [("full", 45.6), ("lora", 40.5)])
+def test_activations_of_a_mixture_are_estimated_within_a_fifth_of_what_was_measured(treatment, mib):
+    """Two of its layers at true width, 109 positions, bf16: what a second sample adds to the tensors that autograd
+    keeps. Of 12 experts, for their number changes nothing."""
+    values = CONFIGS["Qwen/Qwen3-VL-30B-A3B-Instruct"]
+    text = values["text_config"] | {"num_hidden_layers": 2, "num_experts": 12}
+    config = AutoConfig.for_model(values["kind"], text_config=text, vision_config=values["vision_config"])
+    with torch.device("meta"):
+        vlm = treatments.treat(AutoModelForImageTextToText.from_config(config), TREATMENTS[treatment])
+    spec = BF16.model_copy(update={"treatment": treatment})
+    pictures = {"pixel_values": torch.empty((0, 1536), device="meta")}
+    estimate = examine.activation_bytes(vlm, spec, pictures, 109, 0) / 2**20
+    assert estimate == pytest.approx(mib, rel=0.2)
+
+
+def test_a_mixtures_work_is_that_of_the_experts_that_a_token_meets():
+    pictures = {"pixel_values": torch.empty((784, 1536), device="meta")}
+    work = examine.forward_flops(built("Qwen/Qwen3-VL-30B-A3B-Instruct"), pictures, 241, 196)
+    assert work["llm"] == pytest.approx(2 * 241 * 3.0e9, rel=0.1), "3 B of 30 B parameters are active"
+    gemma = Backbone(*tiny_families.draw("gemma4_moe")).vlm
+    found = examine.forward_flops(gemma, {"pixel_values": torch.empty((1, 16, 768), device="meta")}, 10, 4)
+    weights = treatments.groups(gemma)["llm"]
+    assert found["llm"] < 2 * 10 * sum(p.numel() for p in weights.values()) / 1.5, "2 of 8 experts are met"
 
 
 def test_flops_of_the_embedded_vlm_are_those_that_torch_counts(job):  # noqa: F811

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import ParamWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -11,6 +14,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 
 import tiny_families
 from vlm4vla.backbones import experts
+from vlm4vla.backbones.vlm import Backbone
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.normalize import Normalizer
 from vlm4vla.policy import Policy, untrained
@@ -73,6 +77,53 @@ def test_under_autocast_they_compute_in_bf16(kind, monkeypatch):
     assert not torch.equal(out, plain)
 
 
+class Large(TorchDispatchMode):
+    """Counts the tensors as large as a matrix of all experts that are made beside those there are."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.numbers = min(value.numel() for value in experts.matrices(mixture).values())
+        self.known = {value.data_ptr() for value in mixture.parameters()}
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.numbers and out.data_ptr() not in self.known:
+            self.made += 1
+            self.known.add(out.data_ptr())
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("half", [False, True])
+def test_their_adapters_and_gradients_are_pefts_own_without_the_sum_of_all_experts(kind, half):
+    mixture, inputs = made(kind)
+    model = torch.nn.ModuleDict({"experts": mixture}).requires_grad_(False)
+    names = [f"experts.{name}" for name in experts.matrices(mixture)]
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=names)
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3) if "lora_" in name else None
+
+    def out_and_gradients():
+        model.zero_grad()
+        with Large(mixture) as large, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model["experts"](*inputs)
+        out.float().square().sum().backward()
+        return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)], large.made
+
+    theirs, sums = out_and_gradients()
+    for part in model.modules():
+        if isinstance(part, ParamWrapper):
+            part.__class__ = experts.LowRank
+    ours, copies = out_and_gradients()
+    assert len(ours) == len(theirs) == 1 + 2 * len(names)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a / b.abs().max(), b / b.abs().max(), atol=0.03 if half else 1e-5, rtol=0)
+    assert sums >= len(names)
+    assert copies == half * len(names), "in bf16 each is cast"
+
+
 def test_a_backbones_experts_are_computed_here_and_cast_once_to_act():
     spec = RunSpec(training=TrainSpec(precision="bf16"))
     vla = untrained(*tiny_families.draw("qwen3_vl_moe"), spec).eval()
@@ -81,3 +132,8 @@ def test_a_backbones_experts_are_computed_here_and_cast_once_to_act():
     assert {part.config._experts_implementation for part in mixtures} == {experts.NAME}
     Policy(vla, spec, LIBERO, Normalizer.fit(np.eye(7, dtype=np.float32)), None, 64, {}).for_acting(torch.device("cpu"))
     assert {p.dtype for part in mixtures for p in part.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("name", "number"), [("qwen3_vl_moe", 2), ("gemma4_moe", 2), ("qwen3_vl", 1)])
+def test_how_many_experts_a_token_has(name, number):
+    assert experts.per_token(Backbone(*tiny_families.draw(name)).vlm) == number

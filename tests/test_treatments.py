@@ -157,6 +157,59 @@ def test_adapters_of_a_packed_vision_tower_are_merged():
     torch.testing.assert_close(backbone(inputs), hidden, atol=1e-5, rtol=1e-5)
 
 
+MIXTURES = ["qwen3_vl_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3_5_moe", "gemma4_moe"))]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_reach_the_experts_of_a_mixture(name, tmp_path):
+    """Only they are trained; saved, they are opened by us to the last bit and by plain peft, and can be merged."""
+    torch.manual_seed(0)
+    save_vlm(*tiny_families.draw(name), tmp_path / "vlm")
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    spec = spec_of(
+        {"name": "experts", "llm": {"mode": "lora", "rank": 3}, "vision": "frozen", "word_embedding": "frozen"}
+    )
+    vlm, processor = load_vlm(str(tmp_path / "vlm"))
+    names = set(vlm.state_dict())
+    plain = Backbone(vlm, processor)
+    torch.nn.init.normal_(plain.query)
+    inputs = plain.encode(images, TEXTS)
+    untrained = plain(inputs)
+    backbone = Backbone(treatments.treat(vlm, spec.treated), processor)
+    backbone.query.data = plain.query.data
+    assert torch.equal(backbone(inputs), untrained)
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    train(backbone, images, 3)
+    llm = treatments.groups(vlm)["llm"]
+    moved = {name for name, p in llm.items() if not torch.equal(before[name], p)}
+    assert moved == {name for name in llm if adapters.is_adapter(name)}
+    experts = [name for name in moved if ".experts." in name]
+    assert len(experts) == 4 * sum(name.endswith("experts.base_layer.base_layer.down_proj") for name in llm) > 0
+    hidden = backbone(inputs)
+
+    adapters.save(vlm, vlm.state_dict(), tmp_path / "adapter")
+    projector = treatments.groups(vlm)["projector"]
+
+    def opened_with(how):
+        other, _ = load_vlm(str(tmp_path / "vlm"))
+        other.load_state_dict(projector, strict=False)
+        again = Backbone(how(other), processor)
+        again.query.data = backbone.query.data
+        return again.eval()(inputs)
+
+    def ours(other):
+        adapters.load(other, tmp_path / "adapter")
+        return other
+
+    backbone.eval()
+    assert torch.equal(opened_with(ours), hidden)
+    theirs = opened_with(lambda other: peft.PeftModel.from_pretrained(other, tmp_path / "adapter").model)
+    torch.testing.assert_close(theirs, hidden, atol=1e-5, rtol=1e-5)
+    adapters.merge(vlm)
+    assert set(vlm.state_dict()) == names
+    torch.testing.assert_close(backbone(inputs), hidden, atol=1e-5, rtol=1e-5)
+
+
 def test_adapters_on_another_machine_are_told_where_their_vlm_is(folder, images, tmp_path, monkeypatch):
     """Where it was in training there is nothing; other weights are refused; a merged policy needs it no more."""
     policy = trained_on(folder, spec_of("lora", backbone=str(tmp_path / "vlm")), images)
@@ -305,14 +358,19 @@ def test_a_composed_treatment_has_a_run_id_of_its_name_and_content():
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-def test_what_gets_no_adapter_is_said():
+def test_adapters_of_a_mixture_of_full_size_are_counted_and_what_gets_none_is_said():
     vlm = treatments.treat(on_meta("Qwen/Qwen3-VL-30B-A3B-Instruct"), TREATMENTS["lora"])
     parts = treatments.groups(vlm)
-    experts = adapters.without(parts["llm"])
-    assert set(experts) == {"experts.gate_up_proj", "experts.down_proj", "gate.weight"}
-    assert experts["experts.gate_up_proj"] == 48 * 128 * 2 * 768 * 2048
-    assert set(adapters.without(parts["vision"])) == {"proj.weight", "pos_embed.weight"}
-    assert adapters.without(parts["projector"]) == {}
+    assert adapters.without(vlm, parts["llm"]) == {"gate.weight": 48 * 128 * 2048}
+    assert set(adapters.without(vlm, parts["vision"])) == {"proj.weight", "pos_embed.weight"}
+    assert adapters.without(vlm, parts["projector"]) == {}
+    experts = [name for name in parts["llm"] if ".experts." in name and adapters.is_adapter(name)]
+    each = 32 * (2048 + 2 * 768) + 32 * (768 + 2048)  # of an expert, beside gate_up_proj and down_proj
+    assert sum(parts["llm"][name].numel() for name in experts) == 48 * 128 * each == 1_258_291_200
+    named = TreatmentSpec.model_validate({"llm": {"mode": "lora", "targets": ["q_proj", "down_proj"]}})
+    vlm = treatments.treat(on_meta("Qwen/Qwen3-VL-30B-A3B-Instruct"), named)
+    assert "experts.gate_up_proj" in adapters.without(vlm, treatments.groups(vlm)["llm"])
+    assert "experts.down_proj" not in adapters.without(vlm, treatments.groups(vlm)["llm"])
 
 
 BILLIONS = {  # arXiv 2601.03309, main table

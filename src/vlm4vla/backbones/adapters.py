@@ -1,9 +1,7 @@
-"""Low-rank adapters (LoRA) beside a VLM's linear layers, made by peft and kept in peft's own files.
+"""Low-rank adapters (LoRA) beside a VLM's linear layers and experts, made by peft and kept in peft's own files.
 
-A folder of adapters opens in plain peft: ``PeftModel.from_pretrained(vlm, folder)``. Experts of a mixture, which are
-three-dimensional parameters and no linear layers, get none, and an audit says so. peft's way with them
-(``target_parameters``, 0.21) puts the sum of all experts and their adapters in memory in every forward pass, 2.4 GB a
-layer of Qwen3-VL-30B-A3B in fp32, and exchanges parameters meanwhile, which FSDP2 does not bear.
+A folder of adapters opens in plain peft: ``PeftModel.from_pretrained(vlm, folder)``. Those of experts are peft's as
+well; how they are computed is ours (``experts.LowRank``).
 """
 
 import shlex
@@ -15,11 +13,12 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlm4vla.backbones import experts
 from vlm4vla.errors import UserError
 from vlm4vla.spec import GroupSpec, TreatmentSpec
 
@@ -39,24 +38,31 @@ def present(vlm: PreTrainedModel) -> bool:
     return any(is_adapter(name) for name, _ in vlm.named_parameters())
 
 
-def without(group: Mapping[str, nn.Parameter]) -> dict[str, int]:
+def without(vlm: PreTrainedModel, group: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Of a group with adapters, the matrices that have none: the end of their name -> how many numbers they hold."""
-    bases = {name.partition(".lora_")[0] + ".base_layer.weight" for name in group if is_adapter(name)}
+    below = {id(_below(module)) for module in vlm.modules() if isinstance(module, LoraLayer)}
     counts: dict[str, int] = {}
     for name, parameter in group.items():
-        if parameter.ndim > 1 and name not in bases and not is_adapter(name):
-            end = ".".join(name.replace(".base_layer.", ".").split(".")[-2:])
+        if parameter.ndim > 1 and id(parameter) not in below and not is_adapter(name):
+            end = ".".join([part for part in name.split(".") if part != "base_layer"][-2:])
             counts[end] = counts.get(end, 0) + parameter.numel()
     return counts
 
 
+def _below(module: Any) -> nn.Parameter:
+    """What the adapter in a ``LoraLayer`` adds to."""
+    return module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+
+
 def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], treatment: TreatmentSpec) -> None:
-    """Put adapters beside the linear layers of every group whose mode is ``lora``; they change nothing at first.
+    """Put adapters beside the linear layers and the experts of every group whose mode is ``lora``; they change nothing
+    at first.
 
     Raises:
-        UserError: a group has no linear layer of the names that are asked for.
+        UserError: a group has neither of the names that are asked for.
     """
-    linear = {name: module for name, module in vlm.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module.weight for name, module in vlm.named_modules() if isinstance(module, nn.Linear)}
+    mixed = {f"{at}.{end}": value for at, part in experts.find(vlm) for end, value in experts.matrices(part).items()}
     ranks: dict[str, int] = {}
     alphas: dict[str, int] = {}
     for group, mode in treatment.groups().items():
@@ -65,7 +71,7 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
         assert mode.rank is not None
         assert mode.alpha is not None
         own = {id(parameter) for parameter in groups[group].values()}
-        names = [name for name, module in linear.items() if id(module.weight) in own]
+        names = [name for name, weight in (linear | mixed).items() if id(weight) in own]
         found = [name for name in names if mode.targets is None or name.rpartition(".")[2] in mode.targets]
         if not names:  # Gemma 3's projector is a matrix, Ovis2's a table
             raise UserError(
@@ -77,7 +83,7 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
             known = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(
                 f"no linear layer {list(mode.targets or ())} in {group} of {type(vlm).__name__}",
-                f"names among its linear layers: {', '.join(known)}",
+                f"names among its linear layers and experts: {', '.join(known)}",
                 f"--set treatment.{group}.targets=[{known[0]}], or several of them",
             )
         ranks |= dict.fromkeys(found, mode.rank)
@@ -86,11 +92,20 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=list(ranks),
+        target_modules=[name for name in ranks if name in linear],
+        target_parameters=[name for name in ranks if name in mixed],
         rank_pattern={_exactly(name): value for name, value in ranks.items() if value != rank},
         alpha_pattern={_exactly(name): value for name, value in alphas.items() if value != alpha},
     )
+    _inject(config, vlm)
+
+
+def _inject(config: LoraConfig, vlm: PreTrainedModel) -> None:
     inject_adapter_in_model(config, vlm, NAME)
+    for module in vlm.modules():
+        if isinstance(module, ParamWrapper):
+            # Not before: while peft puts one wrapper around another, it knows them by the name of their class.
+            module.__class__ = experts.LowRank
 
 
 def _without(treatment: TreatmentSpec, group: str) -> str:
@@ -129,9 +144,9 @@ def load(vlm: PreTrainedModel, folder: Path) -> None:
         OSError, SafetensorError, ValueError: ``folder`` is damaged or of another VLM.
     """
     tensors = load_file(folder / FILE)
-    config = LoraConfig.from_pretrained(str(folder))
+    config: Any = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    inject_adapter_in_model(config, vlm, NAME)
+    _inject(config, vlm)
     own = {name: parameter for name, parameter in vlm.named_parameters() if is_adapter(name)}
     if tensors.keys() != {_in_file(name) for name in own}:
         raise ValueError(f"the adapters in {folder} are of another VLM")
@@ -148,7 +163,8 @@ def _in_file(name: str) -> str:
 def merge(vlm: PreTrainedModel) -> None:
     """Add what adapters add to the weights below them, and take them out (equal up to rounding)."""
     for name, module in list(vlm.named_modules()):
-        if isinstance(module, Linear):
-            base: Any = module.get_base_layer()
-            base.weight += module.get_delta_weight(NAME)
-            vlm.set_submodule(name, base)
+        if isinstance(module, (Linear, ParamWrapper)):
+            below = _below(module)
+            below += module.get_delta_weight(NAME)
+            if not name.endswith(".base_layer"):  # of two around the same experts, the inner one
+                vlm.set_submodule(name, module.get_base_layer())

@@ -1,12 +1,17 @@
 """Experts of a mixture, which transformers keeps as three-dimensional parameters, in the precision of the rest.
 
-Transformers' own way with them knows no autocast: with fp32 weights they compute in fp32 whatever the rest does. T
-tokens, K experts of each, P = T x K pairs, E experts, I and O a matrix's in and out.
+Transformers' own way with them knows no autocast: with fp32 weights they compute in fp32 whatever the rest does. peft's
+own way with their adapters (``target_parameters``) makes the sum of all experts and what adapters add in every forward
+pass. Here each token meets its experts' matrices and, beside them, their low-rank ones
+(docs/adr/0007-adapters-of-experts.md). T tokens, K experts of each, P = T x K pairs, E experts, R rank, I and O a
+matrix's in and out.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,6 +20,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 NAME = "vlm4vla"
 """Of ``compute`` among transformers' implementations of experts."""
+Factors = tuple[Tensor, Tensor, float]
+"""A (E, R, I) and B (E, R, O) of one parameter's adapters, and what their product is scaled by."""
 
 
 def find(module: nn.Module) -> list[tuple[str, Any]]:
@@ -27,7 +34,28 @@ def matrices(experts: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in experts.named_parameters(recurse=False) if value.ndim == 3}
 
 
-def compute(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def per_token(vlm: PreTrainedModel) -> int:
+    """K, by the VLM's configuration; 1 where it has no experts."""
+    config = vlm.config.get_text_config()
+    names = ("num_experts_per_tok", "top_k_experts")  # the second is Gemma 4's
+    return next((value for name in names if (value := getattr(config, name, None))), 1)
+
+
+def share(vlm: PreTrainedModel) -> float:
+    """K / E: the part of experts' weights that a token meets; 1 where there are none."""
+    return next((per_token(vlm) / mixture.num_experts for _, mixture in find(vlm)), 1.0)
+
+
+def width(vlm: PreTrainedModel) -> int:
+    """Numbers that go in and out of experts' matrices, and between their adapters, for one token in all layers."""
+    beside = [value for _, mixture in find(vlm) for value in matrices(mixture).values()]
+    ranks = [factors(part)[0].shape[1] for part in vlm.modules() if isinstance(part, LowRank)]
+    return per_token(vlm) * (sum(sum(value.shape[1:]) for value in beside) + 2 * sum(ranks))
+
+
+def compute(
+    experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, adapters: Mapping[str, Factors] | None = None
+) -> Tensor:
     """Tokens (T, D), their experts' numbers (T, K) and weights (T, K) -> (T, D), in autocast's precision."""
     device, number = hidden.device.type, chosen.shape[1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.down_proj.dtype
@@ -37,6 +65,10 @@ def compute(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Te
 
     def product(x: Tensor, name: str) -> Tensor:
         y = _grouped_linear(x, getattr(experts, name).to(dtype), ends, is_transposed=experts.is_transposed)
+        if adapters and name in adapters:
+            a, b, scale = adapters[name]
+            low = _grouped_linear(x, a.to(dtype), ends)
+            y = y + scale * _grouped_linear(low, b.to(dtype), ends, is_transposed=True)
         return y + getattr(experts, f"{name}_bias")[expert].to(dtype) if experts.has_bias else y
 
     x = hidden[pair // number].to(dtype)  # (P, D)
@@ -55,3 +87,23 @@ def use(vlm: PreTrainedModel) -> None:
     """Let all experts of ``vlm`` run through ``compute``."""
     for _, experts in find(vlm):
         experts.config._experts_implementation = NAME
+
+
+class LowRank(ParamWrapper):
+    """peft's adapters of one parameter of experts; the outermost of several computes with all of them."""
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        adapters: dict[str, Factors] = {}
+        wrapper: Any = self
+        while isinstance(wrapper, LowRank):
+            adapters[wrapper.parameter_name] = factors(wrapper)
+            wrapper = wrapper.base_layer
+        return compute(wrapper, hidden, chosen, weights, adapters)
+
+
+def factors(wrapper: Any) -> Factors:
+    """peft has the experts' A (R, I) below each other, and in a row of B the experts side by side for each rank."""
+    (name,) = wrapper.active_adapters
+    a, b, count = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    b = b.unflatten(1, (-1, count)).permute(2, 1, 0).contiguous()
+    return a.unflatten(0, (count, -1)), b, wrapper.scaling[name]

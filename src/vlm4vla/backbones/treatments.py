@@ -49,7 +49,7 @@ def treat(vlm: PreTrainedModel, treatment: TreatmentSpec) -> PreTrainedModel:
     gets when all are drawn.
 
     Raises:
-        UserError: adapters for a group without linear layers of the names asked for.
+        UserError: adapters for a group without linear layers or experts of the names asked for.
     """
     modes = treatment.groups()
     drawn = [name for name, group in modes.items() if group.mode == "scratch"]

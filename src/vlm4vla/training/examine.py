@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm4vla.audit import Audit
-from vlm4vla.backbones import adapters, treatments
+from vlm4vla.backbones import adapters, experts, treatments
 from vlm4vla.backbones.inputs import Processor
 from vlm4vla.backbones.load import load_blank, load_processor
 from vlm4vla.backbones.show import num_visual_tokens
@@ -27,7 +27,8 @@ INSTRUCTION = "pick up the red block and place it on the table"
 """Shown in the audit, and what sizes are counted with."""
 ACTIVATION_FACTOR = 1.3
 """Bytes kept for the way back over bytes that go in and out of linear layers. Fitted to five VLMs measured at their
-true width (bf16, eager, 224 and 448 px; 1.15 to 3.3 GiB a sample), each of which it gives within a tenth."""
+true width (bf16, eager, 224 and 448 px; 1.15 to 3.3 GiB a sample), each of which it gives within a tenth, and a mixture
+within a fifth."""
 STATE_BYTES = 16
 """Of a trained parameter in fp32: itself, its gradient and Adam's two moments."""
 LOGITS_BYTES = 3 * 4
@@ -94,7 +95,7 @@ def audit(vla: VLA, processor: Processor, spec: RunSpec, image_size: int) -> Aud
             f"{name} {end}": number
             for name, group in spec.treated.groups().items()
             if group.mode == "lora"
-            for end, number in adapters.without(treatments.groups(vlm)[name]).items()
+            for end, number in adapters.without(vlm, treatments.groups(vlm)[name]).items()
         },
         "forward_gflop": round((sum(work.values()) + head) / 1e9, 4),
         "training_gflop": round((training_flops(work, spec.treated) + 3 * head) / 1e9, 4),
@@ -165,15 +166,16 @@ def forward_flops(
     heads = text.num_attention_heads
     inner = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     layers = _layers(vlm.get_decoder())
-    llm = 2 * _weights(groups["llm"], text) * length + 2 * length**2 * inner * layers  # half the square: causal
+    met = _weights(groups["llm"], experts.share(vlm))
+    llm = 2 * met * length + 2 * length**2 * inner * layers  # half the square: causal
     encoder = vlm.get_encoder(modality="image")
     convolutions = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     if len(convolutions) > 1:
         eyes = _counted(encoder, next(value for value in pictures.values() if value.ndim == 4))
     else:
         width = getattr(vision, "hidden_size", None) or vision.embed_dim
-        eyes = 2 * _weights(groups["vision"], vision) * patches + 4 * _attended(vision, patches) * width
-    return {"vision": eyes, "projector": 2 * _weights(groups["projector"], vision) * tokens, "llm": llm}
+        eyes = 2 * _weights(groups["vision"]) * patches + 4 * _attended(vision, patches) * width
+    return {"vision": eyes, "projector": 2 * _weights(groups["projector"]) * tokens, "llm": llm}
 
 
 def _patches(vlm: PreTrainedModel, pictures: Mapping[str, torch.Tensor]) -> int:
@@ -196,14 +198,13 @@ def _attended(vision: Any, patches: int) -> int:
     return len(full) * patches**2 + (layers - len(full)) * patches * min(window, patches)
 
 
-def _weights(parameters: Mapping[str, nn.Parameter], config: Any) -> float:
-    """Numbers of weight matrices that one token is multiplied with; of a mixture, only the chosen experts'."""
+def _weights(parameters: Mapping[str, nn.Parameter], share: float = 1.0) -> float:
+    """Numbers of weight matrices that one token is multiplied with; of a mixture's experts this ``share``."""
     total = 0.0
     for name, parameter in parameters.items():
         if parameter.ndim < 2 or "pos_embed" in name or "position_embedding" in name or "embed_positions" in name:
             continue
-        share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
-        total += parameter.numel() * share
+        total += parameter.numel() * (share if ".experts." in name else 1.0)
     return total
 
 
@@ -252,8 +253,10 @@ def activation_bytes(
     back["projector"] = back["vision"] or modes["projector"] != "frozen"
     back["llm"] = True
     size = 2 if spec.training.precision == "bf16" else 4
-    total = 0.0
-    for module in vlm.modules():
+    total = float(experts.width(vlm) * length * size)
+    for name, module in vlm.named_modules():
+        if ".experts." in name:
+            continue  # adapters of experts: a token meets some of them
         if isinstance(module, nn.Linear) and back.get(group := own[id(module.weight)], False):
             total += (module.in_features + module.out_features) * used[group] * size
     return ACTIVATION_FACTOR * total
