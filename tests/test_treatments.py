@@ -358,7 +358,7 @@ def test_a_composed_treatment_has_a_run_id_of_its_name_and_content():
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-def test_adapters_of_a_mixture_of_full_size_are_counted_and_what_gets_none_is_said():
+def test_adapters_of_a_mixture_of_full_size_are_counted_and_what_gets_none_is_said(recwarn):
     vlm = treatments.treat(on_meta("Qwen/Qwen3-VL-30B-A3B-Instruct"), TREATMENTS["lora"])
     parts = treatments.groups(vlm)
     assert adapters.without(vlm, parts["llm"]) == {"gate.weight": 48 * 128 * 2048}
@@ -371,6 +371,10 @@ def test_adapters_of_a_mixture_of_full_size_are_counted_and_what_gets_none_is_sa
     vlm = treatments.treat(on_meta("Qwen/Qwen3-VL-30B-A3B-Instruct"), named)
     assert "experts.gate_up_proj" in adapters.without(vlm, treatments.groups(vlm)["llm"])
     assert "experts.down_proj" not in adapters.without(vlm, treatments.groups(vlm)["llm"])
+    named = TreatmentSpec.model_validate({"vision": "lora", "llm": {"mode": "lora", "rank": 4}})
+    llm = treatments.groups(treatments.treat(on_meta("Qwen/Qwen3-VL-30B-A3B-Instruct"), named))["llm"]
+    assert sum(llm[name].numel() for name in experts) == 1_258_291_200 / 8
+    assert not [told for told in recwarn if "rank_pattern" in str(told.message)]
 
 
 BILLIONS = {  # arXiv 2601.03309, main table

@@ -6,6 +6,7 @@ well; how they are computed is ours (``experts.LowRank``).
 
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,10 @@ def add(vlm: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], 
 
 
 def _inject(config: LoraConfig, vlm: PreTrainedModel) -> None:
-    inject_adapter_in_model(config, vlm, NAME)
+    with warnings.catch_warnings():
+        # peft looks for these names among modules alone, and experts' matrices are parameters; their ranks are taken.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+        inject_adapter_in_model(config, vlm, NAME)
     for module in vlm.modules():
         if isinstance(module, ParamWrapper):
             # Not before: while peft puts one wrapper around another, it knows them by the name of their class.
