@@ -31,6 +31,8 @@ true width (bf16, eager, 224 and 448 px; 1.15 to 3.3 GiB a sample), each of whic
 within a fifth."""
 STATE_BYTES = 16
 """Of a trained parameter in fp32: itself, its gradient and Adam's two moments."""
+CAST = (nn.Linear, nn.Conv2d, nn.Conv3d)
+"""Layers whose weights autocast copies."""
 LOGITS_BYTES = 3 * 4
 """Of a logit, at most: its logarithm's share of the softmax and the gradients of both, in fp32. Measured on a CPU, in
 fp32 and bf16 (8 x 64 positions, 150,000 words): the peak is 3.0 times the logits in fp32."""
@@ -246,12 +248,8 @@ def activation_bytes(
     vlm: PreTrainedModel, spec: RunSpec, pictures: Mapping[str, torch.Tensor], length: int, tokens: int
 ) -> float:
     """Kept for the way back of one sample: nothing in groups that nothing goes back through."""
-    modes = {name: group.mode for name, group in spec.treated.groups().items()}
-    own = {id(p): name for name, parameters in treatments.groups(vlm).items() for p in parameters.values()}
+    own, back = _owners(vlm), _gone_back_through(spec.treated)
     used = {"vision": _patches(vlm, pictures), "projector": tokens, "llm": length}
-    back = {"vision": modes["vision"] != "frozen"}
-    back["projector"] = back["vision"] or modes["projector"] != "frozen"
-    back["llm"] = True
     size = 2 if spec.training.precision == "bf16" else 4
     total = float(experts.width(vlm) * length * size)
     for name, module in vlm.named_modules():
@@ -260,6 +258,32 @@ def activation_bytes(
         if isinstance(module, nn.Linear) and back.get(group := own[id(module.weight)], False):
             total += (module.in_features + module.out_features) * used[group] * size
     return ACTIVATION_FACTOR * total
+
+
+def copies_bytes(vla: VLA, spec: RunSpec) -> int:
+    """Copies in bf16 of the fp32 weights that a bf16 run multiplies with: those of layers and experts that gradients
+    pass are all there when the forward pass ends (with gradient checkpointing, a layer's at a time)."""
+    if spec.training.precision != "bf16":
+        return 0
+    vlm, back = vla.backbone.vlm, _gone_back_through(spec.treated)
+    passed = {at for at, group in _owners(vlm).items() if back.get(group, False)}
+    head: Any = vlm.get_output_embeddings()
+    layers = [module for module in vla.modules() if isinstance(module, CAST) and module is not head]
+    kept = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad or id(p) in passed]
+    mixed = [matrix for _, mixture in experts.find(vlm) for matrix in experts.matrices(mixture).values()]
+    return 2 * sum(p.numel() for p in [*kept, *(matrix for matrix in mixed if id(matrix) in passed)])
+
+
+def _owners(vlm: PreTrainedModel) -> dict[int, str]:
+    """The group of each parameter, by its id."""
+    return {id(p): name for name, parameters in treatments.groups(vlm).items() for p in parameters.values()}
+
+
+def _gone_back_through(treatment: TreatmentSpec) -> dict[str, bool]:
+    """By group of layers, whether gradients pass it: where it is trained, or what comes before it is."""
+    modes = {name: group.mode for name, group in treatment.groups().items()}
+    vision = modes["vision"] != "frozen"
+    return {"vision": vision, "projector": vision or modes["projector"] != "frozen", "llm": True}
 
 
 def answers_bytes(vla: VLA, spec: RunSpec, image_size: int, talks: Sequence[Turns]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from vlm4vla.policy import VLA, torch_device
 from vlm4vla.spec import RunSpec, Runtime
 from vlm4vla.training import check
 from vlm4vla.training.check import Material
-from vlm4vla.training.examine import GIB, answers_bytes, audit, on_meta
+from vlm4vla.training.examine import GIB, answers_bytes, audit, copies_bytes, on_meta
 from vlm4vla.training.processes import units
 
 LOOKED_AT = 8
@@ -107,10 +107,13 @@ def gib_needed(
             them, what those take beyond frames is read off the first ``LOOKED_AT`` batches, and the largest counts.
 
     Returns:
-        What stays (weights, gradients, Adam's moments), and the activations of one sample. Samples differ, so that is
-        the mean over the samples of one forward pass: times their number it gives the whole.
+        What does not grow with the batch (weights and their copies in bf16, gradients, Adam's moments), and the
+        activations of one sample. Samples differ, so that is the mean over the samples of one forward pass: times
+        their number it gives the whole.
     """
     states = sizes["states_gib"] / (processes if runtime.shard else 1)
+    if not (runtime.shard or runtime.gradient_checkpointing):  # where it is a layer's at a time
+        states += copies_bytes(vla, spec) / GIB
     # With checkpointing a layer's activations are there at a time, and each layer's input: about twice a layer's share.
     share = 2 / max(2, len(units(vla))) if runtime.gradient_checkpointing else 1
     each = sizes["activations_gib"] * share

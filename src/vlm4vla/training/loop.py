@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -270,8 +270,12 @@ def _accelerator(device: torch.device, spec: TrainSpec, runtime: Runtime, out: P
     with patch_environment(accelerate_torch_device=str(device)):
         return Accelerator(
             cpu=device.type == "cpu",
-            # Some VLMs have parameters that no forward pass reaches (LLaVA's last vision layer).
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                # Some VLMs have parameters that no forward pass reaches (LLaVA's last vision layer).
+                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+                # It would keep a copy of each trained weight, which checkpointing lets go with its layer.
+                AutocastKwargs(cache_enabled=not runtime.gradient_checkpointing),
+            ],
             mixed_precision="bf16" if spec.precision == "bf16" else "no",
             log_with=list(runtime.trackers) or None,
             project_dir=out,
