@@ -6,10 +6,12 @@
 
 The plain loop is what peers do: one environment in the policy's process, an image rendered after every step. Both
 execute the protocol's number of actions of each chunk. The policy is a stand-in that computes for ``--latency-ms`` per
-observation and holds the robot still, so that every episode runs to its horizon and both loops do the same steps.
+observation (with ``--elsewhere`` it sleeps for so long a batch, as a process does whose policy is on a GPU) and holds
+the robot still, so that every episode runs to its horizon and both loops do the same steps.
 Seconds include the start of the processes; CPU seconds are of all processes, and count where other programs take turns.
 ``times_the_floor`` is by the clock: the floor is what one worker's simulating, rendering and inferring take, divided
-among the cores that so many workers can fill. On a quiet machine only: elsewhere waiting counts as simulating.
+among the workers, or what of it needs a core divided among the cores, whichever is longer. On a quiet machine only:
+on another, waiting counts as simulating.
 
 ``--batching`` sizes a host with many cores: simulators and policy only sleep, the policy ``--latency-ms`` a batch and
 ``--per-item-ms`` for each observation in it, a control step ``--step-ms`` and a picture ``--render-ms``.
@@ -92,12 +94,17 @@ class Sleeper:
     def close(self) -> None: ...
 
 
-def plain(named: Protocol, episodes: int, image_size: int, latency_s: float) -> list[tuple[bool, int]]:
+def stand_in(options: argparse.Namespace, convention: Convention, chunk: int) -> Still:
+    latency_s = options.latency_ms / 1000
+    return Asleep(convention, latency_s, 0.0, chunk) if options.elsewhere else Still(convention, latency_s, chunk)
+
+
+def plain(named: Protocol, options: argparse.Namespace) -> list[tuple[bool, int]]:
     """``(success, steps)`` of each episode, one after the other."""
-    sim = make(named.sim, **{**named.sim_args, "image_size": image_size, "max_steps": named.max_steps})
-    policy = Still(sim.convention, latency_s, named.execute)
+    sim = make(named.sim, **{**named.sim_args, "image_size": options.image_size, "max_steps": named.max_steps})
+    policy = stand_in(options, sim.convention, named.execute)
     ends = []
-    for episode in range(episodes):
+    for episode in range(options.episodes):
         sim.reset(named.first_seed + episode)
         observation, steps, queue, done, success = sim.observe(), 0, [], False, False
         while not done:
@@ -157,9 +164,9 @@ def spread(values: list[float]) -> str:
 def compare(options: argparse.Namespace) -> dict:
     named, cores = protocol(options.protocol), len(os.sched_getaffinity(0))
     convention = LIBERO if named.sim == "libero" else make(named.sim, **named.sim_args).convention
-    policy = Still(convention, options.latency_ms / 1000, named.execute)
+    policy = stand_in(options, convention, named.execute)
     rounds: list[dict[str, dict[str, float]]] = []
-    overheads, parts = [], []
+    overheads, parts, reference = [], [], []
     for _ in range(options.rounds):
         watch, table = Stopwatch(), {}
         reference = run_plain(named.sim)
@@ -174,7 +181,9 @@ def compare(options: argparse.Namespace) -> dict:
                 parts.append(spent)
                 overheads.append(1 - (spent["sim"] + spent["render"] + spent["infer"]) / spent["wall"])
             if parts:
-                floor = sum(parts[-1][part] for part in ("sim", "render", "infer")) / min(workers, cores)
+                work = sum(parts[-1][part] for part in ("sim", "render", "infer"))
+                here = work - parts[-1]["infer"] * options.elsewhere
+                floor = max(work / workers, here / cores)
                 row["times_the_floor"] = row["seconds_per_episode"] / floor
             row["times_faster"] = table["plain"]["seconds_per_episode"] / row["seconds_per_episode"]
             row["times_less_cpu"] = table["plain"]["cpu_s_per_episode"] / row["cpu_s_per_episode"]
@@ -183,6 +192,7 @@ def compare(options: argparse.Namespace) -> dict:
         "protocol": named.name,
         "image_size": options.image_size,
         "latency_ms": options.latency_ms,
+        "elsewhere": options.elsewhere,
         "rounds": options.rounds,
         "episodes": options.episodes,
         "steps": sum(steps for _, steps in reference),
@@ -223,6 +233,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="in each, every loop runs once: they take turns")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--latency-ms", type=float, default=8.0)
+    parser.add_argument("--elsewhere", action="store_true", help="the policy does not take a core of this machine")
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--batching", action="store_true")
     parser.add_argument("--per-item-ms", type=float, default=2.0)
@@ -232,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plain:
         named = protocol(options.protocol)
-        print(json.dumps(plain(named, options.episodes, options.image_size, options.latency_ms / 1000)))
+        print(json.dumps(plain(named, options)))
     else:
         print(json.dumps((batching if options.batching else compare)(options), indent=1))
 
