@@ -116,6 +116,7 @@ def test_an_error_without_words_is_named_by_its_kind(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError
 
+    (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(UserError, match="OSError"):
         load_vlm(str(tmp_path))

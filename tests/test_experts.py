@@ -83,14 +83,14 @@ class Large(TorchDispatchMode):
     def __init__(self, mixture):
         super().__init__()
         self.numbers = min(value.numel() for value in experts.matrices(mixture).values())
-        self.known = {value.data_ptr() for value in mixture.parameters()}
+        self.known = {value.data_ptr(): value for value in mixture.parameters()}
         self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.numel() >= self.numbers and out.data_ptr() not in self.known:
             self.made += 1
-            self.known.add(out.data_ptr())
+            self.known[out.data_ptr()] = out  # kept, or the next one may lie in its place
         return out
 
 
