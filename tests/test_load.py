@@ -186,6 +186,13 @@ def test_weights_of_another_size_are_named(folder):
         load_vlm(str(folder))
 
 
+def test_weights_of_more_layers_are_not_dropped(folder):
+    config = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", text_config=config["text_config"] | {"num_hidden_layers": 1})
+    with pytest.raises(UserError, match=r"weights of layers that config.json does not have \(.*layers\.1\."):
+        load_vlm(str(folder))
+
+
 def test_pickled_weights_are_told_from_missing_ones(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled, which are never read"):

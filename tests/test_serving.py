@@ -463,7 +463,7 @@ def test_what_cannot_be_listened_on_is_told():
         with pytest.raises(UserError, match=f"found: port {port} on 127.0.0.1"), running(ports=(("openpi", port),)):
             pass
     # Neither a name nor an address; one of the networks that are kept for documentation (RFC 5737).
-    for host in ("no such host", "192.0.2.1"):
+    for host in ("no such host", "a..b", "192.0.2.1"):
         with pytest.raises(UserError, match=f"found: --host {host}"), running(host=host):
             pass
 

@@ -5,9 +5,11 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
-from vlm4vla.errors import nearest
+FEW = 3
+"""So many folders are named where none is like the one that was asked for."""
 
 
 def cache() -> Path:
@@ -32,8 +34,12 @@ def there(path: Path) -> Path:
 
 def beside(path: Path) -> str:
     """What a path which leads nowhere may have meant: `` (nearest in runs: mine, demo)``, or nothing."""
-    others = [other.name for other in there(path).iterdir() if other.is_dir()]
-    return f" (nearest in {there(path)}: {nearest(path.relative_to(there(path)).parts[0], others)})" if others else ""
+    folders = [other for other in there(path).iterdir() if other.is_dir() and not other.name.startswith(".")]
+    others = sorted(folder.name for folder in folders if folder.suffix != ".locks")  # a result store's
+    close = get_close_matches(path.relative_to(there(path)).parts[0], others, n=3)
+    if not close and len(others) <= FEW:
+        close = others
+    return f" (nearest in {there(path)}: {', '.join(close)})" if close else ""
 
 
 @contextmanager

@@ -194,7 +194,7 @@ class Policy:
         adapters.merge(self.vla.backbone.vlm)
 
     @classmethod
-    def load(cls, folder: Path | str, backbone: str | None = None) -> "Policy":
+    def load(cls, folder: Path | str, *, backbone: str | None = None) -> "Policy":
         """Open a policy folder, or ``hub:owner/name``, on the CPU; nothing is unpickled, and nothing else is needed but
         for adapters the VLM that they were trained on.
 

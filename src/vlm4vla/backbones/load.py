@@ -1,5 +1,6 @@
 """Opening a VLM by name, and saying plainly what is wrong with a name that cannot be opened."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from vlm4vla.files import beside, there
 
 EXPECTED = "`tiny`, a folder written by save_pretrained, or the hub id of an image-text-to-text model in safetensors"
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+LAYER = re.compile(r"\.\d+\.")
 FAILURES = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 """What transformers raises for files that it cannot find or make sense of."""
 
@@ -47,10 +49,10 @@ def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
     except FAILURES as error:
         raise _cannot_open(name, error) from error
     if others := sorted(found["mismatched_keys"]):
-        path, there, here = others[0]
+        path, given, wanted = others[0]
         raise UserError(
             f"backbone {name!r}, of whose weights {len(others)} have another size than its config.json says "
-            f"({path}: {tuple(there)} instead of {tuple(here)}, ...)",
+            f"({path}: {tuple(given)} instead of {tuple(wanted)}, ...)",
             f"the weights and the configuration of one {type(vlm).__name__}",
             _mend(name),
         )
@@ -58,6 +60,13 @@ def load_vlm(name: str) -> tuple[PreTrainedModel, Processor]:
         raise UserError(
             f"backbone {name!r} lacks {len(absent)} of its weights ({', '.join(absent[:3])}, ...)",
             f"all weights of a {type(vlm).__name__}",
+            _mend(name),
+        )
+    layers = {LAYER.sub(".N.", path) for path, _ in vlm.named_parameters()}
+    if beyond := sorted(path for path in found["unexpected_keys"] if LAYER.sub(".N.", path) in layers):
+        raise UserError(
+            f"backbone {name!r}, with weights of layers that config.json does not have ({', '.join(beyond[:3])}, ...)",
+            f"the weights and the configuration of one {type(vlm).__name__}",
             _mend(name),
         )
     return vlm, processor
@@ -137,10 +146,10 @@ def _source(name: str) -> str:
 
 
 def _require_a_place(name: str) -> None:
-    """Refuses what is neither a folder of a model nor could be a hub's: transformers would ask the hub for minutes.
+    """Transformers would ask the hub for minutes.
 
     Raises:
-        UserError: so it is.
+        UserError: the name is neither a folder with a model nor can it be a hub's.
     """
     folder = Path(_source(name))
     if folder.is_dir():
@@ -154,7 +163,8 @@ def _require_a_place(name: str) -> None:
         raise UserError(f"no backbone {name!r}{_nearest(name)}", EXPECTED, "vlm4vla backbones list")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         mend = f"check the path: ls {shlex.quote(str(there(folder)))}"
-        mend = f"write the home folder out: {folder.expanduser()}" if folder.expanduser().is_dir() else mend
+        home = os.path.expanduser(folder)  # an unknown user's stays as it is
+        mend = f"write the home folder out: {home}" if home != name and os.path.isdir(home) else mend
         raise UserError(f"no folder {name}{beside(folder)}", EXPECTED, mend)
 
 

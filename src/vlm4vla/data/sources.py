@@ -4,6 +4,7 @@ K sources, robot sets before conversations; N frames of all robot sets, back to 
 below N is a frame, one from N on is a record of a conversation file.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,7 @@ class Sources:
             _check_alike(sets[0], other, data.image_size)
         names = ["demonstrations"]
         for source in (*robots, *talks):
-            name = Path(source.folder).resolve().name if source.folder else Path(str(source.conversations)).stem
+            name = Path(os.path.abspath(source.folder)).name if source.folder else Path(str(source.conversations)).stem
             name = re.sub(NOT_IN_NAMES, "-", name)
             free = (f"{name}-{number}" for number in count(2))
             names.append(name if name not in names else next(other for other in free if other not in names))

@@ -154,10 +154,11 @@ class Server:
                 ping_timeout=None,
                 logger=SILENT,
             )
-        except OSError as error:
-            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        except (OSError, UnicodeError) as error:  # the second for a name that can be no host's
+            nowhere = isinstance(error, UnicodeError | socket.gaierror)
+            if nowhere or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
                 raise UserError(
-                    f"--host {self._settings.host} ({error.strerror})",
+                    f"--host {self._settings.host} ({error})",
                     "an address of this machine",
                     "leave it out for 127.0.0.1, or name 0.0.0.0 for all of this machine's",
                 ) from error

@@ -164,7 +164,7 @@ def checkpoint(text: str, device: str, threads: int | None = None, backbone: str
     if threads is not None:
         torch.set_num_threads(threads)
     there = torch_device(device)  # a misspelt one is found before weights are read
-    policy = Policy.load(folder, backbone).for_acting(there)
+    policy = Policy.load(folder, backbone=backbone).for_acting(there)
     # A run has several policies (policies/step-*), and may be trained again: its id alone does not say which this is.
     step = f"@{folder.resolve().name}" if folder.resolve().name.startswith("step-") else ""
     name = f"{policy.spec.run_id}{step}-{weights_hash(folder)}"

@@ -41,6 +41,6 @@ def policy_push(folder: Path, name: str, private: bool, backbone: str | None) ->
     from vlm4vla.hub import PREFIX, push
     from vlm4vla.policy import Policy
 
-    Policy.load(folder, backbone)  # a damaged one stays here
+    Policy.load(folder, backbone=backbone)  # a damaged one stays here
     click.echo(push(folder, name, private))
     next_step("vlm4vla eval {} --protocol NAME", PREFIX + name.removeprefix(PREFIX))
