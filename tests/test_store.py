@@ -1,10 +1,13 @@
 """The result store: what is written comes back, and a damaged file is told."""
 
 import csv
+import os
+import resource
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -80,6 +83,28 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told_as_such(tmp_pa
     with pytest.raises(OSError, match=r"Permission denied.*folder") as refused:
         Store(tmp_path / "folder")
     assert "another folder" in mendable(refused.value).next_step
+
+
+@pytest.mark.parametrize(
+    ("left", "said", "mend"), [(1 << 14, "No space left", "free some space"), (1 << 30, "Input/output", "local disk")]
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_whole_store_without_room_is_not_told_as_damaged(tmp_path, monkeypatch, there, left, said, mend):
+    """A limit of files' sizes stands for the disk: SQLite cannot make its index of the WAL, an I/O error to it."""
+    path = tmp_path / "r.sqlite"
+    if there:
+        Store(path).close()
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=left, f_frsize=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match=said) as refused, Store(path) as store:  # a new one's index comes later
+            store.add("a", episode(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert mend in mendable(refused.value).next_step
+    with Store(path) as store:
+        store.add("a", episode(0))
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "overwritten", "foreign", "newer"])

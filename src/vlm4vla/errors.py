@@ -31,6 +31,7 @@ def mendable(error: UserError | OSError) -> UserError | None:
         errno.EACCES: "name another folder, or change the permissions (ls -ld shows them)",
         errno.EPERM: "name another folder, or change the permissions (ls -ld shows them)",
         errno.EROFS: "name a folder on a disk that can be written",
+        errno.EIO: "name a folder on a local disk, or see what the system says of this one (dmesg)",
         errno.ENOTDIR: "name another folder: a file is in the way",
         errno.EEXIST: "name another folder: a file is in the way",
     }.get(error.errno or 0)

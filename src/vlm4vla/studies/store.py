@@ -63,8 +63,12 @@ UNWRITABLE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_IOERR: errno.EIO,
 }
 """What SQLite says of a disk or folder, as the system says it (``errors.mendable`` knows what to do then)."""
+ROOM = 1 << 16
+"""Bytes without which a disk counts as full: SQLite's index of the WAL takes 32 KiB at once, and its files some more.
+Where these do not fit, SQLite speaks of an I/O error."""
 
 
 class Store:
@@ -81,18 +85,12 @@ class Store:
         with self._writing():
             self._db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
         try:
-            self._open()
-        except sqlite3.DatabaseError as error:
+            with self._writing():
+                self._open()
+        except BaseException as error:
             self._db.close()
-            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-                raise
-            raise UserError(
-                f"{self.path} is no result store: {error}",
-                "a whole SQLite file written by vlm4vla",
-                f"restore a copy, or move it away and evaluate again: mv {self.path} {self.path}.damaged",
-            ) from error
-        except BaseException:
-            self._db.close()
+            if _code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+                raise self._damaged(str(error)) from error
             raise
 
     def _open(self) -> None:
@@ -113,19 +111,26 @@ class Store:
                     "read it with the vlm4vla version that wrote it, or name another file",
                 )
         if not empty and (problem := self._pragma("quick_check")) != "ok":
-            raise sqlite3.DatabaseError(problem)
+            raise self._damaged(problem)
         # Switching the mode does not wait for other processes by itself.
         give_up = time.monotonic() + BUSY_S
         while True:
             try:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 break
-            except sqlite3.OperationalError:
-                if time.monotonic() > give_up:
+            except sqlite3.OperationalError as error:
+                if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > give_up:
                     raise
                 time.sleep(0.05)
         # In WAL mode this survives the death of any process; a power cut may cost the last rows.
         self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(
+            f"{self.path} is no result store: {problem}",
+            "a whole SQLite file written by vlm4vla",
+            f"restore a copy, or move it away and evaluate again: mv {self.path} {self.path}.damaged",
+        )
 
     def _pragma(self, name: str) -> Any:
         return self._db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -135,8 +140,11 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if (number := UNWRITABLE.get(error.sqlite_errorcode & 0xFF)) is None:  # the lower byte says of which kind
+            if (number := UNWRITABLE.get(_code(error))) is None:
                 raise
+            disk = os.statvfs(self.path.parent)
+            if number == errno.EIO and disk.f_bavail * disk.f_frsize < ROOM:
+                number = errno.ENOSPC
             raise OSError(number, os.strerror(number), str(self.path)) from error
 
     @contextmanager
@@ -279,6 +287,12 @@ class Store:
                 import pyarrow.parquet as pq
 
                 pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), partial)
+
+
+def _code(error: BaseException) -> int | None:
+    """Of which kind an error of SQLite's is, without the details in the higher bytes; None of others."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _result(row: tuple) -> EpisodeResult:
