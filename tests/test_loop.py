@@ -282,6 +282,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
 
 
+def test_a_checkpoint_that_lacks_what_is_trained_is_told(tmp_path):
+    with pytest.raises(UserError, match="not finite"):
+        fit(Regression(bad_step=25), SPEC, 0, tmp_path, QUIET, "x")
+    path = tmp_path / "checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    lacking = sorted(name for name in tensors if name.startswith("model."))[0]
+    save_file({name: value for name, value in tensors.items() if name != lacking}, path, metadata)
+    with pytest.raises(UserError, match=f"without 1 of the parameters .*{lacking.removeprefix('model.')}"):
+        fit(Regression(), SPEC, 0, tmp_path, QUIET, "x")
+
+
 def test_learning_rate_warms_up_then_follows_the_schedule():
     constant = TrainSpec(steps=100, learning_rate=1.0, warmup_steps=10)
     assert learning_rate(constant, 4) == pytest.approx(0.5)

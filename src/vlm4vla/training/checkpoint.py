@@ -81,7 +81,7 @@ def load(
     """Restore ``out``'s checkpoint in place; returns the number of finished steps, 0 where there is no checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged or of another run.
+        UserError: the checkpoint is damaged, of another run, or of a version that trained other parameters.
     """
     path = out / NAME
     if not path.exists():
@@ -103,6 +103,9 @@ def load(
                 f"train into another folder, or remove this one: rm -r {shlex.quote(str(out))}",
             )
         present = set(files[0].keys())
+        if absent := [name for name in trained if f"model.{name}" not in present]:
+            found = f"{path} without {len(absent)} of the parameters that this version trains ({absent[0]}, ...)"
+            raise UserError(found, "a checkpoint of the version that goes on from it", mend)
         with torch.no_grad():
             for name, parameter in trained.items():
                 _read(files, f"model.{name}", parameter)
