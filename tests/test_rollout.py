@@ -178,6 +178,18 @@ def test_a_worker_that_never_starts_leaves_its_episodes_to_the_others(store, dea
     assert outcomes(results) == outcomes(run(store, "calm"))
 
 
+def test_the_last_episode_does_not_wait_for_a_worker_that_never_starts(store, deaths, monkeypatch):
+    workers, plain, named = [], Worker.__init__, deaths(TRIES)
+
+    def init(self, sim, kwargs, *options):
+        workers.append(self)
+        plain(self, sim, kwargs if len(workers) == 2 else {**kwargs, "deaths": None}, *options)
+
+    monkeypatch.setattr(Worker, "__init__", init)
+    results = run(store, "killed", named=named, episodes=2)
+    assert outcomes(results) == outcomes(run(store, "calm", episodes=2))
+
+
 def test_a_simulator_that_starts_no_more_ends_the_evaluation_and_keeps_what_is_finished(store, deaths, monkeypatch):
     add, named = store.add, deaths(0)
     named = replace(named, sim_args={**named.sim_args, "trouble": {str(FIRST_SEED + 1): "crash"}})

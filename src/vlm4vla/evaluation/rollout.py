@@ -179,13 +179,8 @@ class _Evaluation:
 
     def run(self, num_workers: int, sight: dict, progress: bool, sim_python: str | None) -> list[EpisodeResult]:
         kwargs = {**self.protocol.sim_args, **sight, "max_steps": self.protocol.max_steps}
-        bar = tqdm(
-            total=self.episodes,
-            initial=len(self.finished),
-            unit="episode",
-            desc=f"{self.run_id} {self.protocol.name}",
-            disable=not progress,
-        )
+        name = f"{self.run_id} {self.protocol.name}"
+        bar = tqdm(total=self.episodes, initial=len(self.finished), unit="episode", desc=name, disable=not progress)
         try:
             for _ in range(min(num_workers, len(self.todo))):
                 worker = Worker(self.protocol.sim, kwargs, self.timeout_s, sim_python)
@@ -205,7 +200,8 @@ class _Evaluation:
 
     def _listen(self, worker: Worker, bar: tqdm) -> None:
         """Take a worker's reply, if there is one, and bring its episode to the next look."""
-        attempt = self.running[worker]
+        if (attempt := self.running.get(worker)) is None:
+            return
         try:
             reply = worker.poll()
         except WorkerFault as fault:
@@ -243,8 +239,7 @@ class _Evaluation:
         else:
             self._next(worker, attempt, until)  # it starts the next episode while this one is written down
             self._finish(attempt, attempt.outcome, until, bar)
-            if worker in self.running:
-                self._listen(worker, bar)  # the next one's first look may be there as well
+            self._listen(worker, bar)  # the next one's first look may be there as well
 
     def _act(self) -> None:
         """Predict for all workers that wait, in one batch, and send them on."""
@@ -307,9 +302,14 @@ class _Evaluation:
         worker.send(do, **fields)
 
     def _next(self, worker: Worker, attempt: Attempt, ended: float) -> None:
-        """After ``attempt``: the episode that the worker began when it ``ended``, or another; or let the worker end."""
+        """After ``attempt``: the episode that the worker began when it ``ended``, or another, and at last one of a worker
+        that is still starting; or let the worker end."""
         begun = attempt.ahead is not None
         episode = attempt.ahead if begun else self._following(attempt)
+        if episode is None and (starting := next((w for w, a in self.running.items() if a.started is None), None)):
+            episode = self.running.pop(starting).episode  # this worker can begin it now, and that one may never start
+            starting.kill()
+            self.todo.append(episode)
         if episode is None:
             del self.running[worker]
             worker.dismiss()
