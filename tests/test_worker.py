@@ -1,5 +1,6 @@
 """The worker process and its protocol."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -237,3 +238,23 @@ def test_an_interpreter_that_is_no_program_is_refused(tmp_path):
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(UserError, match="which is no program"):
         Worker("fake_sim:FakeSim", {}, python=str(tmp_path / "python"))
+
+
+@pytest.mark.parametrize("shortage", [errno.ENOMEM, errno.EAGAIN])
+def test_a_system_without_room_for_a_process_is_a_fault_that_may_pass(start, monkeypatch, shortage):
+    def refused(*_, **options):
+        raise OSError(shortage, os.strerror(shortage))
+
+    begun = start()
+    begun.receive()
+    with monkeypatch.context() as short:
+        short.setattr(subprocess, "Popen", refused)
+        begun.restart()
+        workers = (begun, start())
+        for worker in workers:
+            with pytest.raises(WorkerFault, match=os.strerror(shortage)):
+                worker.receive()
+            worker.close()
+    for worker in workers:
+        worker.restart()
+        assert worker.receive().made

@@ -96,7 +96,8 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Start the process and send it ``make``."""
+        """Start the process and send it ``make``. Where the system has no room for a process, ``poll`` says so."""
+        self._unstarted: OSError | None = None
         # Of its own session: Ctrl-C reaches only the parent, which ends its workers in order, and a simulator's own
         # child processes die with it.
         try:
@@ -110,6 +111,9 @@ class Worker:
                 start_new_session=True,
             )
         except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOMEM):  # a system short of processes or memory
+                self._unstarted, self.deadline = error, time.monotonic()
+                return
             if error.errno != errno.ENOEXEC:
                 raise
             found = f"{self._python}, which is no program"
@@ -135,6 +139,8 @@ class Worker:
     @property
     def descriptors(self) -> list[int]:
         """To wait on: a reply, a crash or words on stderr make one of them readable."""
+        if self._unstarted:
+            return []
         return [self._out, self._err] if self._err_open else [self._out]
 
     def send(self, do: str, actions: np.ndarray | None = None, **fields: Any) -> None:
@@ -158,6 +164,8 @@ class Worker:
             WorkerFault: crash, time-out, exception or broken frame; the process is of no more use.
             UserError: the worker refused the request for a reason that the user can mend.
         """
+        if self._unstarted:
+            raise WorkerFault(f"the system starts no process: {self._unstarted}") from self._unstarted
         self._drain_stderr()
         try:
             answer = self._frames.read()
@@ -199,6 +207,8 @@ class Worker:
 
     def kill(self) -> None:
         """End the process and its children now."""
+        if self._unstarted:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -211,6 +221,8 @@ class Worker:
 
     def close(self) -> None:
         """Let the worker close its simulator, but not for long."""
+        if self._unstarted:
+            return
         self.dismiss()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(POLITE_EXIT_S)
