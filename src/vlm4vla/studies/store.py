@@ -289,10 +289,9 @@ class Store:
                 pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), partial)
 
 
-def _code(error: BaseException) -> int | None:
-    """Of which kind an error of SQLite's is, without the details in the higher bytes; None of others."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
+def _code(error: BaseException) -> int:
+    """Of which kind an error of SQLite's is, without the details in the higher bytes; 0 of others."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _result(row: tuple) -> EpisodeResult:
