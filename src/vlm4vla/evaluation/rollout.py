@@ -302,8 +302,8 @@ class _Evaluation:
         worker.send(do, **fields)
 
     def _next(self, worker: Worker, attempt: Attempt, ended: float) -> None:
-        """After ``attempt``: the episode that the worker began when it ``ended``, or another, and at last one of a worker
-        that is still starting; or let the worker end."""
+        """After ``attempt``: the episode that the worker began when it ``ended``, or another, and at last one of a
+        worker that is still starting; or let the worker end."""
         begun = attempt.ahead is not None
         episode = attempt.ahead if begun else self._following(attempt)
         if episode is None and (starting := next((w for w, a in self.running.items() if a.started is None), None)):
