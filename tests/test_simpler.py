@@ -1,7 +1,8 @@
 """SimplerEnv-Bridge: the rules that are put right; where the simulators are set up, their physics (no Vulkan)."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from simulated import run_in
+from vlm4vla import doctor
 from vlm4vla.errors import UserError
 from vlm4vla.sims import bridge, environments, simpler, simpler_ms2, vulkan
 from vlm4vla.sims.protocols import protocol, protocol_names
@@ -111,14 +113,12 @@ class NoSimulator(bridge.Bridge):
 GPU, OTHER = vulkan.Device("NVIDIA H200", vulkan.NVIDIA, True), vulkan.Device("llvmpipe", 65541, False)
 
 
-@pytest.mark.parametrize("files", [[], ["/dev/nvidia0"]])
 @pytest.mark.parametrize(
     ("there", "named"),
     [([OTHER], "llvmpipe"), ([OTHER, GPU, GPU], "NVIDIA H200"), ([OTHER, replace(OTHER, name="b")], "llvmpipe or b")],
 )
-def test_results_name_the_device_that_vulkan_offers_whatever_files_there_are(monkeypatch, files, there, named):
+def test_results_name_the_device_that_vulkan_offers(monkeypatch, there, named):
     monkeypatch.setattr(vulkan, "devices", lambda: tuple(there))
-    monkeypatch.setattr("glob.glob", lambda pattern: files)
     assert NoSimulator().versions == {"renderer": named}
     assert NoSimulator(render="none").versions == {"renderer": "none"}
 
@@ -131,6 +131,46 @@ def test_pictures_without_vulkan_are_refused_at_the_start(monkeypatch, adapter):
         adapter()
     with pytest.raises(UserError, match="render='gup'"):
         adapter(render="gup")
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """Puts a script in the place of the one that asks Vulkan's drivers."""
+    monkeypatch.setattr(vulkan, "__file__", str(tmp_path / "ask.py"))
+    return (tmp_path / "ask.py").write_text
+
+
+ANSWER = f"print({vulkan.MARK + json.dumps([asdict(OTHER)])!r}, flush=True)"
+
+
+@pytest.mark.parametrize(
+    "before_and_after",
+    [("", ""), ("print('loading ...', end='')", "print('bye []')"), (r"os.write(1, b'\xff\xfe\n')", "os.abort()")],
+)
+def test_a_driver_may_talk_beside_the_answer_and_crash_after_it(driver, before_and_after):
+    before, after = before_and_after
+    driver(f"import os\n{before}\n{ANSWER}\n{after}\n")
+    assert vulkan.devices() == (OTHER,)
+
+
+@pytest.mark.parametrize(
+    ("script", "timeout_s", "said"),
+    [
+        ("", 60, "status 0 and no answer$"),
+        ("import os; os.write(2, b'bad \\xff'); os.abort()", 60, "status -6 and no answer: bad \ufffd"),
+        ("import time; time.sleep(60)", 1, "no answer within 1 s"),
+    ],
+)
+def test_a_driver_without_an_answer_is_not_told_as_missing(driver, monkeypatch, script, timeout_s, said):
+    monkeypatch.setattr(vulkan, "TIMEOUT_S", timeout_s)
+    driver(script)
+    with pytest.raises(UserError) as told:
+        NoSimulator()
+    assert re.search(said, told.value.found)
+    finding = doctor.vulkan()
+    assert (finding.ok, finding.needed, finding.found) == (False, False, told.value.found)
+    assert "VK_DRIVER_FILES" in finding.mend
+    assert "apt-get" not in finding.mend
 
 
 def test_a_renderer_that_does_not_start_is_told_with_its_device(monkeypatch):

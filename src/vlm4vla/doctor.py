@@ -116,7 +116,10 @@ def vulkan() -> Finding:
     from vlm4vla.sims.vulkan import MEND, SEMAPHORES, devices
 
     lacks = f" (without {SEMAPHORES}: for simpler, not for simpler_ms2)"
-    found = "; ".join(each.name + ("" if each.semaphores else lacks) for each in devices())
+    try:
+        found = "; ".join(each.name + ("" if each.semaphores else lacks) for each in devices())
+    except UserError as error:
+        return Finding("vulkan", False, error.found, error.next_step, needed=False)
     return Finding("vulkan", bool(found), found or "no device, which SimplerEnv's pictures need", MEND, needed=False)
 
 

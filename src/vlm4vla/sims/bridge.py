@@ -71,7 +71,7 @@ class Bridge(ABC):
     ) -> None:
         """Episode seeds are 0 to 23: SimplerEnv's episode ids. ``render``: ``none`` is physics alone, without pictures.
 
-        Raises ``UserError`` on unknown names, and where pictures are wanted and there is no Vulkan.
+        Raises ``UserError`` on unknown names, and where pictures are wanted and Vulkan has no device or no answer.
         """
         if task not in TASKS:
             raise UserError(f"the task {task!r}", f"one of {', '.join(TASKS)}", f"nearest: {nearest(task, [*TASKS])}")
