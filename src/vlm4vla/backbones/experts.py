@@ -109,5 +109,25 @@ def factors(wrapper: Any) -> Factors:
     """peft has the experts' A (R, I) below each other, and in a row of B the experts side by side for each rank."""
     (name,) = wrapper.active_adapters
     a, b, count = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
-    b = b.unflatten(1, (-1, count)).permute(2, 1, 0).contiguous()
-    return a.unflatten(0, (count, -1)), b, wrapper.scaling[name]
+    return a.unflatten(0, (count, -1)), by_expert(b, count), wrapper.scaling[name]
+
+
+@torch.library.custom_op("vlm4vla::by_expert", mutates_args=())
+def by_expert(b: Tensor, count: int) -> Tensor:
+    """peft's B (O, R x E) -> (E, R, O), laid out so.
+
+    An operator, for torch's compiler would leave B as it lies, which its product in bf16 does not take.
+    """
+    return b.unflatten(1, (-1, count)).permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
+
+
+@by_expert.register_fake
+def _(b: Tensor, count: int) -> Tensor:
+    return b.new_empty(count, b.shape[1] // count, b.shape[0])
+
+
+def _back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad.permute(2, 1, 0).flatten(1), None
+
+
+by_expert.register_autograd(_back)
