@@ -1,12 +1,14 @@
 """Experts of a mixture: transformers' numbers, in the precision that is asked for."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import ParamWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
+from transformers import AriaTextModel, AutoConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -17,6 +19,7 @@ from vlm4vla.backbones import experts
 from vlm4vla.backbones.vlm import Backbone
 from vlm4vla.convention import LIBERO
 from vlm4vla.data.normalize import Normalizer
+from vlm4vla.errors import UserError
 from vlm4vla.policy import Policy, untrained
 from vlm4vla.spec import RunSpec, TrainSpec
 
@@ -161,3 +164,14 @@ def test_a_backbones_experts_are_computed_here_and_cast_once_to_act():
 @pytest.mark.parametrize(("name", "number"), [("qwen3_vl_moe", 2), ("gemma4_moe", 2), ("qwen3_vl", 1)])
 def test_how_many_experts_a_token_has(name, number):
     assert experts.per_token(Backbone(*tiny_families.draw(name)).vlm) == number
+
+
+def test_a_number_of_experts_under_another_key_is_found_or_asked_for(monkeypatch):
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
+    config: Any = AutoConfig.for_model("aria_text", **sizes, moe_num_experts=E, moe_topk=K)
+    aria = AriaTextModel(config)
+    assert experts.per_token(aria) == K
+    assert experts.share(aria) == K / E
+    monkeypatch.setattr(experts, "PER_TOKEN", ("num_experts_per_tok",))
+    with pytest.raises(UserError, match="in AriaTextConfig nothing known"):
+        experts.per_token(aria)

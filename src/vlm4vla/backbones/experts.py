@@ -18,8 +18,12 @@ from transformers import PreTrainedModel
 # Not public, but what transformers' own experts run on: it finds the kernel that torch and the device have.
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
+from vlm4vla.errors import UserError
+
 NAME = "vlm4vla"
 """Of ``compute`` among transformers' implementations of experts."""
+PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+"""What configurations call K: most of transformers'; Gemma 4's; Aria's."""
 Factors = tuple[Tensor, Tensor, float]
 """A (E, R, I) and B (E, R, O) of one parameter's adapters, and what their product is scaled by."""
 
@@ -35,10 +39,22 @@ def matrices(experts: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def per_token(vlm: PreTrainedModel) -> int:
-    """K, by the VLM's configuration; 1 where it has no experts."""
+    """K, by the VLM's configuration; 1 where it has no experts.
+
+    Raises:
+        UserError: there are experts, and the configuration has no key that is known.
+    """
+    if not find(vlm):
+        return 1
     config = vlm.config.get_text_config()
-    names = ("num_experts_per_tok", "top_k_experts")  # the second is Gemma 4's
-    return next((value for name in names if (value := getattr(config, name, None))), 1)
+    for name in PER_TOKEN:
+        if number := getattr(config, name, None):
+            return number
+    raise UserError(
+        f"experts of a mixture, and in {type(config).__name__} nothing known that says how many of them a token meets",
+        f"one of {', '.join(PER_TOKEN)}",
+        "add the key's name to PER_TOKEN in src/vlm4vla/backbones/experts.py",
+    )
 
 
 def share(vlm: PreTrainedModel) -> float:
