@@ -34,12 +34,13 @@ def there(path: Path) -> Path:
 
 def beside(path: Path) -> str:
     """What a path which leads nowhere may have meant: `` (nearest in runs: mine, demo)``, or nothing."""
-    folders = [other for other in there(path).iterdir() if other.is_dir() and not other.name.startswith(".")]
+    place = there(path)
+    folders = [other for other in place.iterdir() if other.is_dir() and not other.name.startswith(".")]
     others = sorted(folder.name for folder in folders if folder.suffix != ".locks")  # a result store's
-    close = get_close_matches(path.relative_to(there(path)).parts[0], others, n=3)
+    close = get_close_matches(path.relative_to(place).parts[0], others, n=3)
     if not close and len(others) <= FEW:
         close = others
-    return f" (nearest in {there(path)}: {', '.join(close)})" if close else ""
+    return f" (nearest in {place}: {', '.join(close)})" if close else ""
 
 
 @contextmanager

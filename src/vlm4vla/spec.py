@@ -342,8 +342,8 @@ def yaml_file(name: str, what: str, folder: Path) -> Path:
         UserError: neither; the nearest names are told.
     """
     shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    if Path(name).is_file() or name in shipped:
-        return Path(name) if Path(name).is_file() else shipped[name]
+    if path := Path(name) if Path(name).is_file() else shipped.get(name):
+        return path
     raise UserError(
         f"no {what} {name!r} (nearest: {nearest(name, list(shipped))})",
         f"one of {', '.join(shipped)}, or a YAML file",

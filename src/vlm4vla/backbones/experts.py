@@ -65,7 +65,7 @@ def share(vlm: PreTrainedModel) -> float:
 def width(vlm: PreTrainedModel) -> int:
     """Numbers that go in and out of experts' matrices, and between their adapters, for one token in all layers."""
     beside = [value for _, mixture in find(vlm) for value in matrices(mixture).values()]
-    ranks = [factors(part)[0].shape[1] for part in vlm.modules() if isinstance(part, LowRank)]
+    ranks = [rank for part in vlm.modules() if isinstance(part, LowRank) for rank in part.r.values()]
     return per_token(vlm) * (sum(sum(value.shape[1:]) for value in beside) + 2 * sum(ranks))
 
 
@@ -85,8 +85,8 @@ def compute(
             a, b, scale = adapters[name]
             # torch starts each row of what it makes at a multiple of 16 bytes, and its product in bf16 on a CPU reads
             # what lies between two rows: of an odd rank memory as it is found, which may be no number.
-            more = (0, 0, 0, -a.shape[1] % 8)
-            a, b = nn.functional.pad(a, more), nn.functional.pad(b, more)
+            if lacking := -a.shape[1] % 8:
+                a, b = (nn.functional.pad(value, (0, 0, 0, lacking)) for value in (a, b))
             low = _grouped_linear(x, a.to(dtype), ends)
             y = y + scale * _grouped_linear(low, b.to(dtype), ends, is_transposed=True)
         return y + getattr(experts, f"{name}_bias")[expert].to(dtype) if experts.has_bias else y
